@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import os
 import re
 import sysconfig
 import warnings
@@ -65,7 +66,6 @@ _SKIPPED_DIRS = frozenset(
     }
 )
 _SKIPPED_FILE = re.compile(r"(?:_?test.*|.*_tests?|_sysconfigdata.*|_sysconfig_vars.*)\.py")
-_TABLE_ROW = re.compile(r"""\s*['"(\[{\d-].*,\s*(?:#.*)?""")
 _PARAGRAPH_BREAK = re.compile(r"\n\s*\n")
 
 
@@ -158,7 +158,7 @@ def _read(split: Split, kinds: frozenset[Kind]) -> Iterator[Document]:
         entries += _module_entries(kinds)
     chosen = [entry for entry in entries if split_of(entry.group) == split]
     chosen.sort(key=lambda entry: _digest(entry.name))
-    pending = [(entry, _pieces(_body(entry, topics))) for entry in chosen]
+    pending = [(entry, _pieces(entry, topics)) for entry in chosen]
     number = 1
     while pending:
         unfinished = []
@@ -174,15 +174,12 @@ def _read(split: Split, kinds: frozenset[Kind]) -> Iterator[Document]:
         number += 1
 
 
-def _body(entry: _Entry, topics: dict[str, str]) -> Iterator[str]:
-    """Yield the text of one entry, read only when it is asked for."""
+def _pieces(entry: _Entry, topics: dict[str, str]) -> Iterator[str]:
+    """Cut the text of an entry at its last blank line, or else line end, before the limit."""
     subject = entry.name.partition(":")[2]
-    yield topics[subject] if entry.path is None else _module_text(entry.path, entry.kind, subject)
-
-
-def _pieces(body: Iterator[str]) -> Iterator[str]:
-    """Cut a text at its last blank line, or else its last line end, before the limit."""
-    rest = next(body).strip("\n")
+    path = entry.path
+    rest = topics[subject] if path is None else _module_text(path, entry.kind, subject)
+    rest = rest.strip("\n")
     while len(rest) > _MAX_CHARS:
         cut = rest.rfind("\n\n", _MAX_CHARS // 2, _MAX_CHARS)
         if cut < 0:
@@ -230,16 +227,10 @@ def _module_entries(kinds: frozenset[Kind]) -> list[_Entry]:
     root = Path(sysconfig.get_paths()["stdlib"])
     entries = []
     modules = 0
-    for path in sorted(root.rglob("*.py")) if root.is_dir() else ():
-        relative = path.relative_to(root)
-        folders = relative.parts[:-1]
-        if _SKIPPED_DIRS.intersection(folders) or _SKIPPED_FILE.fullmatch(relative.name):
-            continue
-        if any(folder.startswith("config-") for folder in folders):
-            continue
+    for path in _module_paths(root):
         modules += 1
-        parts = relative.with_suffix("").parts
-        module = ".".join(parts[:-1] if parts[-1] == "__init__" and folders else parts)
+        parts = path.relative_to(root).with_suffix("").parts
+        module = ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
         for kind in _KINDS[1:]:
             if kind in kinds:
                 entries.append(_Entry(f"{kind}:{module}", kind, f"module:{module}", path))
@@ -250,6 +241,18 @@ def _module_entries(kinds: frozenset[Kind]) -> list[_Entry]:
             "(not one with a zipped or bytecode-only library) or pass a text file"
         )
     return entries
+
+
+def _module_paths(root: Path) -> Iterator[Path]:
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = sorted(
+            name
+            for name in subfolders
+            if name not in _SKIPPED_DIRS and not name.startswith("config-")
+        )
+        for name in sorted(names):
+            if name.endswith(".py") and not _SKIPPED_FILE.fullmatch(name):
+                yield Path(folder, name)
 
 
 def _module_text(path: Path, kind: Kind, module: str) -> str:
@@ -273,8 +276,12 @@ def _module_text(path: Path, kind: Kind, module: str) -> str:
 
 def _is_table(source: str) -> bool:
     """Tell whether most of a file is the rows of a literal table."""
-    lines = [line for line in source.splitlines() if line.strip()]
-    return 2 * sum(_TABLE_ROW.fullmatch(line) is not None for line in lines) > len(lines)
+    lines = [line for line in map(str.strip, source.splitlines()) if line]
+    rows = 0
+    for line in lines:
+        if line[0] in "'\"([{-0123456789":
+            rows += line.endswith(",") or "," in line.partition("#")[0][-3:]
+    return 2 * rows > len(lines)
 
 
 def _docstrings(node: ast.AST, name: str) -> Iterator[str]:

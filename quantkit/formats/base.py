@@ -40,13 +40,15 @@ class LayerStats:
     """Calibration statistics of one linear layer's input, summed over `tokens` tokens.
 
     `hessian` is float32 `[K, K]`, the plain sum of `x x^T` (divide by `tokens` for the mean);
-    `abs_sum` is float32 `[K]`, the sum of `|x|`. For MoE experts `tokens` counts the tokens that were
+    `abs_sum` is float32 `[K]`, the sum of `|x|`; `abs_max` is float32 `[K]`, the largest `|x|` (static
+    fp8 activations need it). For MoE experts `tokens` counts the tokens that were
     routed to this expert; it may be 0, and then `hessian` is all zeros.
     """
 
     tokens: int = 0
     hessian: Tensor | None = None
     abs_sum: Tensor | None = None
+    abs_max: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,375 @@
+"""`quantkit.convert`: a Hugging Face checkpoint -> a quantized one, tensor by tensor or layer by layer.
+
+Two flows share one writer. Formats that need no calibration stream: read a tensor, quantize it, write
+it; no model is built beyond its skeleton. Calibrated formats (GPTQ, AWQ, ternary's fit) hold one decoder
+layer: its inputs come from the already quantized layers before it (see `quantkit.calibration`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import quantkit
+from quantkit.calibration_data import CalibrationData, load_calibration
+from quantkit.checkpoint import CheckpointReader
+from quantkit.distributed import Workers, join_workers
+from quantkit.encoding import PackedWeight, dequantize
+from quantkit.errors import NumericsError, QuantkitError, UsageError
+from quantkit.formats import get_format
+from quantkit.formats.base import LayerStats, take_notes
+from quantkit.hub import resolve_model
+from quantkit.load import load_tokenizer, parse_dtype, quantization_config
+from quantkit.plan import ConvertPlan, LayerPlan, Unit, make_plan
+from quantkit.progress import NullProgress, Progress
+from quantkit.publish import CheckpointWriter
+from quantkit.report_types import ConvertResult, LayerReport, PlanReport
+from quantkit.skeleton import Skeleton
+
+
+def convert(
+    model: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None,
+    *,
+    format: str,
+    options: Mapping[str, Any] | None = None,
+    calibration: str | os.PathLike[str] | Tensor = "builtin",
+    samples: int = 128,
+    seqlen: int = 1024,
+    seed: int = 0,
+    skip: Sequence[str] = (),
+    overrides: Sequence[tuple[str, Mapping[str, Any]]] = (),
+    device: str = "auto",
+    dtype: str = "auto",
+    max_shard_size: int | str = "5GB",
+    dry_run: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+    strict: bool = False,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    progress: Progress | None = None,
+    command: str | None = None,
+) -> ConvertResult | PlanReport:
+    """Quantize the checkpoint `model` (directory or hub id) into the directory `output`.
+
+    Parameters
+    ----------
+    format, options: one of `quantkit.formats.FORMATS` and its settings (`quantkit formats NAME`).
+    calibration, samples, seqlen, seed: see `quantkit.calibration_data`; used by calibrated formats only.
+        `seqlen` is cut to what the model allows.
+    skip, overrides: patterns of layers to leave alone, or to give other options (globs over module
+        names or their last components, or `re:...`).
+    device: where quantization runs; "auto" takes the accelerator if there is one.
+    dtype: of calibration's forward passes; "auto" is float32. Weights and statistics are float32 anyway.
+    dry_run: only plan, from headers; returns a PlanReport.
+    resume: go on where an interrupted run of the same work stopped; the result is byte-equal.
+    overwrite: replace an existing checkpoint, atomically. strict: refuse every deviation.
+
+    Returns a ConvertResult. Raises a QuantkitError in one line for everything that a user can mend; the
+    destination then is what it was.
+    """
+    started = time.perf_counter()
+    progress = progress or NullProgress()
+    fmt = get_format(format)
+    path = resolve_model(model, revision)
+    where = pick_device(device)
+    compute = torch.float32 if dtype == "auto" else parse_dtype(dtype)
+    if output is None and not dry_run:
+        raise UsageError("no output directory", hint="Give one with -o.")
+    with CheckpointReader(path) as reader:
+        present = quantization_config(reader)
+        if present is not None:
+            raise UsageError(
+                f"{path} is already quantized ({present['quant_method']})", hint="Give the checkpoint it was made from."
+            )
+        skeleton = Skeleton(path, reader.config, trust_remote_code=trust_remote_code)
+        plan = make_plan(reader, skeleton, fmt, options or {}, skip=skip, overrides=overrides, strict=strict)
+        data = _calibration(plan, path, calibration, samples, seqlen, seed, trust_remote_code) if plan.calibrated else None
+        if dry_run:
+            from quantkit.estimate import plan_report
+
+            return plan_report(plan, str(model), output, data, where)
+        assert output is not None
+        print_fingerprint = _fingerprint(plan, data, compute, where)
+        provenance = {
+            "quantkit": quantkit.__version__,
+            "source": {"model": str(model), "revision": revision, "fingerprint": reader.fingerprint()},
+            "format": fmt.name,
+            "options": plan.config.model_dump(mode="json"),
+            "calibration": data.describe() if data else None,
+            "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
+        }
+        with join_workers(where) as workers:
+            result = ConvertResult(str(output), fmt.name, plan.config.model_dump(mode="json"), source=str(model))
+            result.warnings = list(plan.warnings)
+            result.calibration = data.describe() if data else None
+            args = {
+                "max_shard_size": max_shard_size,
+                "overwrite": overwrite,
+                "resume": resume,
+                "fingerprint": print_fingerprint,
+                "need_bytes": plan.size_after(),
+                "source": path,
+            }
+            if workers.rank == 0:
+                with CheckpointWriter(output, **args) as writer:  # type: ignore[arg-type]
+                    _run(plan, writer, data, where, compute, workers, progress, result)
+                    writer.provenance = provenance
+                    _finish(plan, writer, result, started, command, strict)
+            else:
+                _run(plan, None, data, where, compute, workers, NullProgress(), result)
+            workers.barrier()
+    return result
+
+
+def pick_device(device: str) -> torch.device:
+    """ "auto" -> the accelerator if torch sees one, else the CPU; UsageError for what is not there."""
+    if device == "auto":
+        return torch.accelerator.current_accelerator() or torch.device("cpu") if torch.accelerator.is_available() else torch.device("cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"device {device!r} is not available ({str(error).splitlines()[0]})", hint="Use --device cpu.") from None
+    return chosen
+
+
+def _calibration(
+    plan: ConvertPlan, path: Path, source: Any, samples: int, seqlen: int, seed: int, trust_remote_code: bool
+) -> CalibrationData:
+    from quantkit.calibration import check_sequence
+
+    tokenizer = None
+    if not isinstance(source, Tensor) and not str(source).endswith(".jsonl"):
+        tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    elif not isinstance(source, Tensor):
+        with_text = Path(source).is_file() and '"text"' in Path(source).open(encoding="utf-8", errors="replace").readline()
+        tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code) if with_text else None
+    vocab = int(plan.skeleton.hf_config.get_text_config().vocab_size)
+    length = check_sequence(plan.skeleton, seqlen)
+    return load_calibration(source, tokenizer, samples=samples, seqlen=length, seed=seed, vocab_size=vocab)
+
+
+def _fingerprint(plan: ConvertPlan, data: CalibrationData | None, dtype: torch.dtype, device: torch.device) -> dict[str, str]:
+    layers = [(p.site.name, p.config.model_dump(mode="json") if p.config else None) for p in plan.layers]
+    return {
+        "model": plan.reader.fingerprint(),
+        "format": plan.format.name,
+        "options": plan.config.model_dump_json(),
+        "layers": hashlib.sha256(json.dumps(layers).encode()).hexdigest(),
+        "calibration": data.fingerprint() if data else "none",
+        "device": device.type,
+        "dtype": str(dtype),
+        "workers": os.environ.get("WORLD_SIZE", "1"),
+        "torch": torch.__version__,
+    }
+
+
+def _run(
+    plan: ConvertPlan,
+    writer: CheckpointWriter | None,
+    data: CalibrationData | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    workers: Workers,
+    progress: Progress,
+    result: ConvertResult,
+) -> None:
+    progress.start(sum(p.config is not None for p in plan.layers), f"{plan.format.name}: {plan.reader.path.name}")
+    completed: set[str] = set(workers.share(list(writer.completed) if writer else None))
+    runner = None
+    if plan.calibrated:
+        from quantkit.calibrated import CalibratedLayers
+
+        assert data is not None
+        scratch = Path(workers.share(str(writer.scratch) if writer else None))
+        runner = CalibratedLayers(plan, data.ids, device, dtype, scratch, workers, completed, progress)
+    try:
+        for unit in plan.units:
+            if unit.id in completed:
+                if writer:
+                    reports = [LayerReport.from_json(r) for r in writer.unit_report(unit.id)["layers"]]
+                    result.layers.extend(reports)
+                    for report in reports:
+                        progress.layer(report)
+                continue
+            if unit.layer is not None:
+                assert runner is not None
+                tensors, reports = runner.convert(unit)
+                for report in reports:
+                    progress.layer(report)
+            elif writer is None:
+                continue
+            else:
+                tensors, reports = stream_unit(plan, unit, device, progress)
+            if writer:
+                writer.write_unit(unit.id, tensors, {"layers": [r.to_json() for r in reports]})
+            result.layers.extend(reports)
+            if runner is not None:
+                runner.done(unit)
+    finally:
+        progress.finish()
+
+
+def stream_unit(
+    plan: ConvertPlan, unit: Unit, device: torch.device, progress: Progress
+) -> tuple[dict[str, Tensor], list[LayerReport]]:
+    """Convert a unit's tensors one at a time, without a model."""
+    out: dict[str, Tensor] = {}
+    reports: list[LayerReport] = []
+    by_source = plan.by_source()
+    for name in unit.names:
+        layers = by_source.get(name, [])
+        if not any(p.config is not None for p in layers):
+            out[name] = plan.reader.read(name, check_finite=True)
+            reports.extend(kept_report(p) for p in layers)
+            continue
+        for layer in layers:
+            weight = read_site(plan.reader, layer)
+            if layer.config is None:
+                out[layer.site.name + ".weight"] = weight
+                reports.append(kept_report(layer))
+                continue
+            started = time.perf_counter()
+            dense = weight.to(device, torch.float32)
+            if layer.site.conv1d:
+                dense = dense.t().contiguous()
+            packed = quantize_site(plan, layer, dense, None)
+            report = layer_report(plan, layer, dense, packed, None, time.perf_counter() - started)
+            out.update(site_tensors(plan, layer, packed))
+            reports.append(report)
+            progress.layer(report)
+    return out, reports
+
+
+def read_site(reader: CheckpointReader, layer: LayerPlan) -> Tensor:
+    """The dense weight of one site as stored (a slice where experts are fused)."""
+    site = layer.site
+    if site.index is None:
+        return reader.read(site.source, check_finite=True)
+    value = reader.read_index(site.source, site.index, check_finite=True)
+    return value if site.rows is None else value[site.rows[0] : site.rows[1]].clone()
+
+
+def quantize_site(plan: ConvertPlan, layer: LayerPlan, weight: Tensor, stats: LayerStats | None) -> PackedWeight:
+    """`format.quantize` with errors that name the layer."""
+    take_notes()
+    try:
+        return plan.format.quantize(weight, layer.config, stats)
+    except QuantkitError as error:
+        raise type(error)(f"layer {layer.site.name!r}: {error.what}", hint=error.hint) from error
+
+
+def site_tensors(plan: ConvertPlan, layer: LayerPlan, packed: PackedWeight) -> dict[str, Tensor]:
+    """Named tensors of one quantized layer, on the CPU."""
+    tensors = plan.format.to_checkpoint(packed, layer.config)
+    return {f"{layer.site.name}.{suffix}": t.detach().cpu().contiguous() for suffix, t in tensors.items()}
+
+
+def kept_report(layer: LayerPlan) -> LayerReport:
+    """Report of a linear weight that stays as it was."""
+    count = layer.site.shape[0] * layer.site.shape[1]
+    return LayerReport(
+        layer.site.name, layer.site.shape, "kept", bits_per_weight=layer.size_before * 8 / count, notes=[layer.note]
+    )
+
+
+def layer_report(
+    plan: ConvertPlan,
+    layer: LayerPlan,
+    weight: Tensor,
+    packed: PackedWeight,
+    stats: LayerStats | None,
+    seconds: float,
+) -> LayerReport:
+    """Errors of one quantized layer: of the weight, and of its output under the calibration inputs."""
+    dense = dequantize(packed)
+    delta = dense - weight
+    norm = float(weight.norm())
+    weight_error = float(delta.norm()) / norm if norm > 0 else float(delta.norm())
+    if not torch.isfinite(dense).all():
+        raise NumericsError(f"layer {layer.site.name!r}: the quantized weight is not finite", hint="Skip this layer.")
+    output_error = None
+    if stats is not None and stats.hessian is not None and stats.hessian.numel() and stats.tokens:
+        signal = float(((weight @ stats.hessian) * weight).sum().clamp_min(0))
+        noise = float(((delta @ stats.hessian) * delta).sum().clamp_min(0))
+        output_error = (noise / signal) ** 0.5 if signal > 0 else 0.0
+    notes = ([layer.note] if layer.note else []) + take_notes()
+    return LayerReport(
+        layer.site.name,
+        layer.site.shape,
+        "quantized",
+        layer.config.model_dump(mode="json"),
+        layer.size_after * 8 / (weight.shape[0] * weight.shape[1]),
+        weight_error,
+        output_error,
+        seconds,
+        notes,
+    )
+
+
+def _finish(
+    plan: ConvertPlan, writer: CheckpointWriter, result: ConvertResult, started: float, command: str | None, strict: bool
+) -> None:
+    """config.json, side files, model card, figures; then publish."""
+    from quantkit.model_card import render_model_card
+
+    if strict:
+        for report in result.layers:
+            if report.action == "quantized" and report.notes:
+                raise NumericsError(f"layer {report.name!r}: {report.notes[0]}", hint="Drop --strict to accept it.")
+    layers = plan.quantized_layers()
+    config = dict(plan.reader.config)
+    config["quantization_config"] = plan.format.to_hf_config(layers)
+    writer.add_json("config.json", config)
+    for name, content in plan.format.extra_files(layers).items():
+        writer.add_json(name, content)
+    for file in plan.reader.other_files():
+        writer.copy_file(file)
+    quantized = [p for p in plan.layers if p.config is not None]
+    weights = sum(p.site.shape[0] * p.site.shape[1] for p in quantized)
+    result.size_before = plan.reader.total_bytes
+    result.size_after = plan.size_after()
+    result.bits_per_weight = sum(p.size_after for p in quantized) * 8 / max(1, weights)
+    total = sum(_count(i.shape) for i in plan.reader.infos())
+    result.bits_per_weight_model = result.size_after * 8 / max(1, total)
+    result.peak_rss = peak_rss()
+    result.peak_device_memory = peak_device_memory()
+    result.seconds = time.perf_counter() - started
+    source_card = plan.reader.path / "README.md"
+    card = render_model_card(
+        result, base_model=result.source, loaders=plan.format.loaders, source_card=source_card, command=command
+    )
+    writer.add_bytes("README.md", card.encode())
+    writer.publish()
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    out = 1
+    for extent in shape:
+        out *= extent
+    return out
+
+
+def peak_rss() -> int:
+    """Highest resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_device_memory() -> int | None:
+    """Highest memory allocated on the accelerator so far, in bytes; None without one."""
+    if not torch.accelerator.is_available():
+        return None
+    return int(torch.accelerator.max_memory_allocated())

@@ -1,0 +1,161 @@
+"""GPTQ's `quantization_config` (also written as quantize_config.json): writing and reading.
+
+Per-layer exceptions live under `dynamic`, keyed by a regular expression that loaders match at the
+START of the module's name: `"+:<regex>": {"bits": 8}` changes options, `"-:<regex>": {}` leaves the
+module unquantized; the first match wins. vLLM fuses q/k/v and gate/up into one module and looks the
+rules up under the FUSED name, so a rule shared by all parts is repeated for it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+import quantkit
+from quantkit.errors import ConfigError, did_you_mean
+from quantkit.formats.base import QuantizedLayers, ReadConfig
+
+_DYNAMIC_KEYS = ("bits", "group_size", "sym", "desc_act")
+_FUSED = {("q_proj", "k_proj", "v_proj"): "qkv_proj", ("gate_proj", "up_proj"): "gate_up_proj"}
+_FORMATS = ("gptq", "gptq_v2")
+_MAX_PATTERN = 4096
+_MAX_RULES = 100_000
+
+
+def to_hf_config(layers: QuantizedLayers) -> dict[str, Any]:
+    """The `quantization_config` of a checkpoint that quantkit writes."""
+    config = layers.config
+    layout = "gptq" if config.version == 1 else "gptq_v2"
+    result: dict[str, Any] = {
+        "quant_method": "gptq",
+        "method": "gptq",
+        "bits": config.bits,
+        "group_size": config.group_size,
+        "desc_act": config.desc_act,
+        "sym": config.sym,
+        "lm_head": any(name.rpartition(".")[2] == "lm_head" for name in layers.quantized),
+        "format": layout,
+        "checkpoint_format": layout,
+        "pack_dtype": "int32",
+        "meta": {
+            "quantizer": [f"quantkit:{quantkit.__version__}"],
+            "damp_percent": config.damp_percent,
+            "static_groups": config.static_groups,
+            "true_sequential": True,
+            "act_group_aware": config.group_aware and not config.desc_act,
+            "mse": 0.0 if config.search == "minmax" else 2.0,
+        },
+    }
+    rules = dynamic_rules(layers)
+    if rules:
+        result["dynamic"] = rules
+    return result
+
+
+def dynamic_rules(layers: QuantizedLayers) -> dict[str, dict[str, Any]]:
+    """`dynamic`: one rule for each layer that differs from the default or is left unquantized."""
+    rules: dict[str, dict[str, Any] | None] = {}  # module name -> override, None: not quantized
+    for name, config in layers.quantized.items():
+        changed = {
+            key: getattr(config, key)
+            for key in _DYNAMIC_KEYS
+            if getattr(config, key) != getattr(layers.config, key)
+        }
+        if changed:
+            rules[name] = changed
+    for name in layers.skipped:
+        if name.rpartition(".")[2] != "lm_head":  # governed by "lm_head"
+            rules[name] = None
+    for name, rule in list(rules.items()):
+        parent, _, leaf = name.rpartition(".")
+        for parts, fused in _FUSED.items():
+            if leaf == parts[0] and all(
+                f"{parent}.{part}" in rules and rules[f"{parent}.{part}"] == rule for part in parts
+            ):
+                rules.setdefault(f"{parent}.{fused}", rule)
+    return {
+        f"{'-' if rule is None else '+'}:^{re.escape(name)}$": {} if rule is None else dict(rule)
+        for name, rule in rules.items()
+    }
+
+
+def from_hf_config(mapping: Mapping[str, Any], config_type: type) -> ReadConfig:
+    """Parse a GPTQ `quantization_config`; ConfigError names the key that cannot be accepted."""
+    layout = mapping.get("checkpoint_format", mapping.get("format", "gptq"))
+    if mapping.get("is_marlin_format"):
+        layout = "marlin"
+    if not isinstance(layout, str) or layout.lower() not in _FORMATS:
+        raise ConfigError(
+            f"quantization_config.checkpoint_format {layout!r} is not supported",
+            hint=did_you_mean(str(layout), _FORMATS),
+        )
+    pack_dtype = mapping.get("pack_dtype", "int32")
+    if pack_dtype not in ("int32", None):
+        raise ConfigError(f"quantization_config.pack_dtype {pack_dtype!r} is not supported, only int32")
+    base: dict[str, Any] = {"checkpoint_format": layout.lower()}
+    for key, kind in (("bits", int), ("group_size", int), ("desc_act", bool), ("sym", bool)):
+        if key in mapping:
+            base[key] = _typed(mapping[key], kind, f"quantization_config.{key}")
+        elif key in ("bits", "group_size"):
+            raise ConfigError(f"quantization_config.{key} is missing")
+    config = _build(config_type, base, "quantization_config")
+    return ReadConfig(config, tuple(_overrides(mapping.get("dynamic"), base, config_type)))
+
+
+def _overrides(dynamic: Any, base: dict[str, Any], config_type: type) -> list[tuple[str, Any]]:
+    if dynamic is None:
+        return []
+    if not isinstance(dynamic, Mapping):
+        raise ConfigError(f"quantization_config.dynamic must be an object, is {type(dynamic).__name__}")
+    if len(dynamic) > _MAX_RULES:
+        raise ConfigError(f"quantization_config.dynamic has {len(dynamic)} rules, at most {_MAX_RULES}")
+    result: list[tuple[str, Any]] = []
+    for key, changes in dynamic.items():
+        if key.startswith("-:"):
+            continue  # whether a layer is quantized is decided by its tensors
+        where = f"quantization_config.dynamic[{key[:80]!r}]"
+        pattern = key.removeprefix("+:")
+        check_pattern(pattern, where)
+        if not isinstance(changes, Mapping):
+            raise ConfigError(f"{where} must be an object, is {type(changes).__name__}")
+        update = dict(base)
+        for name in _DYNAMIC_KEYS:
+            if name in changes:
+                kind = bool if name in ("sym", "desc_act") else int
+                update[name] = _typed(changes[name], kind, f"{where}.{name}")
+        # Loaders match at the start of the name only; ReadConfig matches whole names.
+        result.append((f"(?:{pattern})(?s:.*)", _build(config_type, update, where)))
+    return result
+
+
+def check_pattern(pattern: str, where: str) -> None:
+    """ConfigError unless `pattern` compiles and cannot take exponential time (nested repeats)."""
+    if len(pattern) > _MAX_PATTERN:
+        raise ConfigError(f"{where} is a regular expression of {len(pattern)} characters")
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ConfigError(f"{where} is not a regular expression: {error}") from None
+    if re.search(r"[*+}]\)+[?]?[*+{]", pattern):
+        raise ConfigError(f"{where} repeats a repetition, which can take forever to match")
+
+
+def _typed(value: Any, kind: type, where: str) -> Any:
+    if kind is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if type(value) is not kind:
+        wanted = "true or false" if kind is bool else "a whole number"
+        raise ConfigError(f"{where} must be {wanted}, is {value!r:.60}")
+    return value
+
+
+def _build(config_type: type, values: dict[str, Any], where: str) -> Any:
+    try:
+        return config_type(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"]) or "?"
+        raise ConfigError(f"{where}.{name} is not acceptable: {first['msg']}") from None

@@ -1,0 +1,222 @@
+"""What makes a publication crash-proof: the lock, the journal, durable renames, the exchange of directories.
+
+For a destination `parent/model` two siblings exist while a conversion is under way:
+
+    parent/.model.quantkit.lock        flock(2)ed by the one writer
+    parent/.model.quantkit-staging/
+        state.json                     what this work is: fingerprint, version, shard size
+        journal.jsonl                  one line per thing that is durable: a unit, a shard, the commit
+        pieces/00000.safetensors       the tensors of unit 0, ...
+        files/                         config.json, tokenizer, ... as they will be published
+        scratch/                       the converter's own notes (activations)
+        out/                           the directory that will be renamed to the destination
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from quantkit.errors import DestinationError
+from quantkit.untrusted import show
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def fsync_dir(path: Path) -> None:
+    """Make the names in a directory durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot
+            raise
+    finally:
+        os.close(fd)
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a file so that a crash leaves either the old content or the new."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    fsync_dir(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, link or tree, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def disk_errors(dest: Path, needed: int | None = None) -> Iterator[None]:
+    """Turn the operating system's refusals into one line about the destination."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            with contextlib.suppress(OSError):
+                free = shutil.disk_usage(dest.parent).free
+                sizes = f": {needed} bytes needed, {free} free" if needed else f": {free} bytes free"
+                raise disk_full(dest, sizes) from error
+            raise disk_full(dest, "") from error
+        where = f" ({show(error.filename)})" if error.filename else ""
+        raise DestinationError(
+            f"Cannot write {show(dest)}: {show(error.strerror or error)}{where}",
+            hint="Nothing at the destination was changed.",
+        ) from error
+
+
+def disk_full(dest: Path, sizes: str) -> DestinationError:
+    """The error for a full disk or quota."""
+    return DestinationError(
+        f"The disk is full while writing {show(dest)}{sizes}",
+        hint="Nothing at the destination was changed; free space, then resume or start again.",
+    )
+
+
+class Lock:
+    """An exclusive lock that dies with its process; the file is removed on release."""
+
+    def __init__(self, path: Path, dest: Path) -> None:
+        self._path = path
+        while True:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.pread(self._fd, 20, 0).decode("ascii", "replace").strip()
+                os.close(self._fd)
+                raise DestinationError(
+                    f"Another process ({show(holder) or 'unknown'}) is writing {show(dest)}",
+                    hint="Wait for it, or choose another destination.",
+                ) from None
+            except BaseException:
+                os.close(self._fd)
+                raise
+            with contextlib.suppress(FileNotFoundError):
+                # The last holder may have removed the file between our open and our lock.
+                if os.path.samestat(os.fstat(self._fd), os.stat(path)):
+                    break
+            os.close(self._fd)
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, f"pid {os.getpid()}\n".encode(), 0)
+
+    def release(self) -> None:
+        """Remove the file and let go; harmless when repeated."""
+        if self._fd >= 0:
+            self._path.unlink(missing_ok=True)
+            os.close(self._fd)
+            self._fd = -1
+
+
+class Journal:
+    """Append-only JSON lines, each durable before `append` returns."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.records: list[dict[str, Any]] = []
+        self._ends = [0]  # where each record ends
+        data = path.read_bytes() if path.exists() else b""
+        for line in data.splitlines(keepends=True):
+            # A line without its newline was cut off by a crash: its work is not known to be
+            # finished. The same goes for a line that does not parse, and all that follows it.
+            try:
+                record = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                record = None
+            if not isinstance(record, dict):
+                break
+            self.records.append(record)
+            self._ends.append(self._ends[-1] + len(line))
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        fsync_dir(path.parent)
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add a record; on return it survives a crash."""
+        line = json.dumps(record).encode() + b"\n"
+        os.ftruncate(self._fd, self._ends[-1])  # whatever a failed append or a crash left behind
+        written = 0
+        while written < len(line):
+            written += os.pwrite(self._fd, line[written:], self._ends[-1] + written)
+        os.fsync(self._fd)
+        self._ends.append(self._ends[-1] + len(line))
+        self.records.append(json.loads(line))
+
+    def keep(self, count: int) -> None:
+        """Forget all but the first `count` records."""
+        del self.records[count:], self._ends[count + 1 :]
+        os.ftruncate(self._fd, self._ends[-1])
+        os.fsync(self._fd)
+
+    def close(self) -> None:
+        """Close the file; harmless when repeated."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def exchange(one: Path, two: Path) -> bool:
+    """Swap two names in one atomic step; False where the system or file system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    at_fdcwd, rename_exchange = -100, 2
+    if renameat2(at_fdcwd, os.fsencode(one), at_fdcwd, os.fsencode(two), ctypes.c_uint(rename_exchange)) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM):
+        return False
+    raise OSError(number, os.strerror(number), str(two))
+
+
+def aside_path(dest: Path) -> Path:
+    """Where `replace_directory` parks the old directory when the two cannot be exchanged."""
+    return dest.with_name(f".{dest.name}.quantkit-old")
+
+
+def replace_directory(new: Path, dest: Path) -> None:
+    """Put `new` in the place of `dest`; the old content ends up at `new`'s name or is removed later.
+
+    Without an atomic exchange there is a moment with nothing at `dest`; `restore_aside` heals it.
+    """
+    if not dest.exists():
+        new.rename(dest)
+    elif not exchange(new, dest):
+        aside = aside_path(dest)
+        remove(aside)
+        dest.rename(aside)
+        try:
+            new.rename(dest)
+        except BaseException:
+            aside.rename(dest)
+            raise
+    fsync_dir(dest.parent)
+
+
+def restore_aside(dest: Path) -> bool:
+    """After a crash in the middle of `replace_directory`: put the old directory back if dest is gone."""
+    aside = aside_path(dest)
+    if not aside.is_dir():
+        return False
+    if dest.exists():
+        remove(aside)
+        return False
+    aside.rename(dest)
+    fsync_dir(dest.parent)
+    return True

@@ -1,0 +1,57 @@
+"""Small adaptations of peers: skipped GPU checks, and llm-compressor's modifiers by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def allow_hqq_without_gpu(dtype: Any) -> None:
+    """transformers 4.51 demands CUDA for hqq, although its layers run on any device."""
+    from transformers.quantizers.quantizer_hqq import HqqHfQuantizer
+
+    def validate_environment(self: Any, *args: Any, **kwargs: Any) -> None:
+        self.torch_dtype = dtype
+
+    HqqHfQuantizer.validate_environment = validate_environment
+
+
+def allow_fp8_without_gpu() -> None:
+    """transformers refuses to quantize to fp8 without a GPU; rounding weights needs none."""
+    from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+
+    FineGrainedFP8HfQuantizer.validate_environment = lambda self, *args, **kwargs: None
+
+
+def llmcompressor_modifier(
+    algorithm: str,
+    scheme: str,
+    group_size: int | None,
+    desc_act: bool | None,
+    damp: float | None,
+    ignore: list[str],
+) -> tuple[Any, dict[str, Any]]:
+    """The modifier for an algorithm name, and the options it was given."""
+    options: dict[str, Any] = {"targets": ["Linear"], "ignore": ignore}
+    if group_size is None:
+        options["scheme"] = scheme
+    else:  # a preset's scheme with another group size
+        from compressed_tensors.quantization import preset_name_to_scheme
+
+        preset = preset_name_to_scheme(scheme, options.pop("targets"))
+        preset.weights.group_size = group_size
+        options["config_groups"] = {"group_0": preset}
+    if algorithm == "gptq":
+        from llmcompressor.modifiers.gptq import GPTQModifier
+
+        if damp is not None:
+            options["dampening_frac"] = damp
+        if desc_act is not None:
+            options["actorder"] = "group" if desc_act else None
+        return GPTQModifier(**options), options
+    if algorithm == "awq":
+        from llmcompressor.modifiers.awq import AWQModifier
+
+        return AWQModifier(**options), options
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+
+    return QuantizationModifier(**options), options
