@@ -56,10 +56,11 @@ class TensorInfo:
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
     """Sort key that counts: layers.2 before layers.10."""
     # Digits are compared by length and text, not int(): a name may have more than int() accepts.
-    return tuple(
+    parts = [
         (1, len(part.lstrip("0")), part.lstrip("0")) if part.isdecimal() and part.isascii() else (0, 0, part)
         for part in re.split(r"([0-9]+)", name)
-    )
+    ]
+    return (*parts, (-1, 0, name))  # the last entry decides between "1" and "01"
 
 
 def count_nonfinite(tensor: Tensor) -> int:

@@ -50,6 +50,10 @@ def generate(
     began = time.perf_counter()
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
     model = load(checkpoint, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    if not model.can_generate():
+        raise UsageError(
+            f"{type(model).__name__} does not generate text", hint="Give a causal language model."
+        )
     ids = torch.tensor([tokenizer(prompt)["input_ids"]], dtype=torch.long, device=device)
     if ids.shape[1] == 0:
         raise UsageError("the prompt has no tokens", hint="Give some text.")

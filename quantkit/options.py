@@ -68,7 +68,7 @@ def parse_override(text: str) -> tuple[str, dict[str, Any]]:
     if not match:
         raise UsageError(
             f"--override {text!r} is not PATTERN:key=value[,key=value...]",
-            hint=r"Example: --override '.*\.down_proj:bits=8,group_size=64'.",
+            hint="Example: --override 'down_proj:bits=8,group_size=64'.",
         )
     # A comma separates options unless it is inside brackets: weight_block_size=[128,128].
     items = re.split(r",(?![^\[]*\])", match["options"])

@@ -201,8 +201,6 @@ def _plan_site(
         return keep(site.skip)
     if calibrated and site.layer is None:
         return keep("outside the decoder layers, so there is nothing to calibrate it with")
-    if site.conv1d and not fmt.supports_conv1d:
-        return keep("the loaders of this format do not read Conv1D layers")
     if not info.dtype.is_floating_point or info.dtype.itemsize == 1:
         return keep(f"its dtype is {str(info.dtype).removeprefix('torch.')}")
     own = config
@@ -223,7 +221,10 @@ def _plan_site(
     if fit.config is None:
         return keep(fit.note)
     after = sum(spec.nbytes for spec in fmt.checkpoint_spec(site.shape, fit.config).values())
-    return LayerPlan(site, fit.config, fit.note, size, after)
+    note = fit.note
+    if site.conv1d and not fmt.supports_conv1d:
+        note = "; ".join(n for n in (note, "a Conv1D layer: quantkit reads it, the format's own loaders do not") if n)
+    return LayerPlan(site, fit.config, note, size, after)
 
 
 _LAYER_PREFIX = re.compile(r"^(.*?\.\d+)\.")

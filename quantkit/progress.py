@@ -22,10 +22,10 @@ class Progress(Protocol):
     """Receives what a conversion is doing. Calls come in order, from one thread."""
 
     def start(self, total_layers: int, title: str) -> None:
-        """Work begins; `layer` will be called `total_layers` times."""
+        """Work begins: `total_layers` layers will be quantized."""
 
     def layer(self, report: LayerReport) -> None:
-        """A layer is done."""
+        """A layer is done (or kept as it is)."""
 
     def stage(self, text: str) -> None:
         """A step that is not a layer begins: "reading calibration text", "publishing"."""
@@ -77,10 +77,11 @@ class RichProgress:
 
     def layer(self, report: LayerReport) -> None:
         """Advance by one layer and show its error."""
-        self._done += 1
+        counts = report.action == "quantized"  # kept layers are no work and not in the total
+        self._done += counts
         detail = describe(report)
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, advance=1, detail=detail)
+            self._bar.update(self._task, advance=int(counts), detail=detail)
             for note in report.notes if report.action == "quantized" else ():
                 self._bar.console.print(f"{report.name}: {note}", style="yellow", markup=False)
             return

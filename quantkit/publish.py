@@ -69,6 +69,8 @@ class CheckpointWriter:
         source: str | os.PathLike[str] | None = None,
     ) -> None:
         self.dest = Path(os.path.realpath(Path(dest).expanduser()))
+        if not is_plain_name(self.dest.name.lstrip(".")):
+            raise DestinationError(f"{show(self.dest)} is not a name for a new directory")
         self.provenance: dict[str, Any] = {}
         self._overwrite = overwrite
         self._max_shard = parse_size(max_shard_size)
@@ -107,8 +109,6 @@ class CheckpointWriter:
 
     def _check_destination(self, source: Path | None) -> None:
         dest = self.dest
-        if dest == dest.parent or not is_plain_name(dest.name.lstrip(".")):
-            raise DestinationError(f"{show(dest)} is not a name for a new directory")
         if dest.exists() and not dest.is_dir():
             raise DestinationError(f"{show(dest)} is a file", hint="Choose the name of a new directory.")
         if source is not None and source.resolve().is_relative_to(dest):
@@ -334,7 +334,8 @@ class CheckpointWriter:
         return self._journal
 
     def _sweep(self) -> None:
-        """Remove the staging directory; what says that a commit happened goes last."""
+        """Remove the staging directory: first what is large, so that until the end the commit is on
+        record; then state.json, without which the rest counts for nothing."""
         if self._journal is not None:
             self._journal.close()
             self._journal = None
@@ -342,6 +343,7 @@ class CheckpointWriter:
             for entry in self._staging.iterdir():
                 if entry.name not in ("state.json", "journal.jsonl"):
                     remove(entry)
+            (self._staging / "state.json").unlink(missing_ok=True)
         remove(self._staging)
 
     def _release(self) -> None:

@@ -106,7 +106,10 @@ def test_file_changing_between_reads_is_noticed(tmp_path: Path) -> None:
 
 
 def test_natural_order(tmp_path: Path) -> None:
-    names = [f"model.layers.{i}.{part}" for i in range(12) for part in ("a", "b.weight")] + ["lm_head", "model.a"]
+    names = [f"model.layers.{i}.{part}" for i in range(12) for part in ("a", "b.weight")] + [
+        "lm_head",
+        "model.a",
+    ]
     shuffled = dict.fromkeys(sorted(names), None)
     reader = CheckpointReader(make(tmp_path / "m", [{n: torch.zeros(1) for n in shuffled}]))
     layers = [n for n in reader.names() if "layers" in n]
@@ -115,9 +118,7 @@ def test_natural_order(tmp_path: Path) -> None:
 
 @given(st.lists(st.text(alphabet="a.0123456789٣", max_size=12), max_size=8))
 def test_natural_key_is_a_total_order_on_any_name(names: list[str]) -> None:
-    assert sorted(names, key=natural_key) == sorted(sorted(names), key=natural_key) or len(
-        {natural_key(n) for n in names}
-    ) < len(set(names))
+    assert sorted(names, key=natural_key) == sorted(reversed(names), key=natural_key)
     assert natural_key("x" + "9" * 6000) > natural_key("x1")
 
 
@@ -239,7 +240,9 @@ def test_resolve_existing_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert resolve_model("org/name") == Path("org/name")  # a directory wins over the hub
 
 
-@pytest.mark.parametrize("model", ["/no/such/llama", "./llama", "../llama", "a/b/c", "llama/", "~nobody/x", "x y"])
+@pytest.mark.parametrize(
+    "model", ["/no/such/llama", "./llama", "../llama", "a/b/c", "llama/", "~nobody/x", "x y"]
+)
 def test_mistyped_path_does_not_ask_the_hub(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "_download", lambda *_: pytest.fail("asked the hub"))
     with pytest.raises(CheckpointError, match="does not exist"):
@@ -278,7 +281,13 @@ def test_hub_download_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fake)
     assert resolve_model("some-org/some.model-1b", revision="v1") == tmp_path
     assert (asked["repo"], asked["revision"]) == ("some-org/some.model-1b", "v1")
-    files = ["config.json", "model-00001-of-00002.safetensors", INDEX, "tokenizer.model", "chat_template.jinja"]
+    files = [
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        INDEX,
+        "tokenizer.model",
+        "chat_template.jinja",
+    ]
     files += ["LICENSE", "merges.txt", "additional_chat_templates/rag.jinja"]
     bad = ["pytorch_model.bin", "original/params.json", "consolidated.safetensors", "model.gguf", "README.md"]
     bad += ["onnx/model.onnx", "training_args.bin", "tf_model.h5"]
@@ -290,7 +299,7 @@ HUB_ERRORS = {
     "RepositoryNotFoundError": "the hub has no model org/name",
     "RevisionNotFoundError": "no revision v9",
     "GatedRepoError": "gated",
-    "LocalEntryNotFoundError": "cannot be fetched (first line)",
+    "LocalEntryNotFoundError": "cannot be fetched",
     "OfflineModeIsEnabled": "HF_HUB_OFFLINE",
     "HFValidationError": "is no hub id",
     "OSError": "first line",

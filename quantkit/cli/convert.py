@@ -24,7 +24,7 @@ quantkit convert Qwen/Qwen3-0.6B --format awq -o qwen3-awq
 
 quantkit convert ./model --format gptq --bits 3 --group-size 64 -o out --dry-run
 
-quantkit convert ./model --format gptq -o out --override '.*\.down_proj:bits=8' --skip '.*\.layers\.0\..*'
+quantkit convert ./model --format gptq -o out --override 'down_proj:bits=8' --skip 'layers.0.mlp.*'
 
 quantkit convert ./model --format nf4 -o out --set double_quant=false
 
@@ -57,14 +57,18 @@ def convert_command(
     seed: Annotated[int | None, typer.Option(help="Seed of the choice of calibration samples.")] = None,
     skip: Annotated[
         list[str] | None,
-        typer.Option("--skip", metavar="PATTERN", help="Leave matching layers unquantized (repeatable)."),
+        typer.Option(
+            "--skip",
+            metavar="PATTERN",
+            help="Leave layers unquantized: a glob over names or their ends, or re:REGEX (repeatable).",
+        ),
     ] = None,
     override: Annotated[
         list[str] | None,
         typer.Option(
             "--override",
             metavar="PATTERN:KEY=VALUE,...",
-            help="Other options for matching layers, e.g. '.*down_proj:bits=8,group_size=64' (repeatable).",
+            help="Other options for matching layers, e.g. 'down_proj:bits=8,group_size=64' (repeatable).",
         ),
     ] = None,
     settings: Annotated[

@@ -47,7 +47,7 @@ class TernaryConfig(FormatConfig):
     fit: Literal["hessian", "weight", "absmean"] = "hessian"
     linear_class: Literal["autobitlinear", "bitlinear"] = "autobitlinear"
     #: Passes of coordinate descent over the codes (fit=hessian).
-    sweeps: int = Field(default=4, ge=0, le=100)
+    sweeps: int = Field(default=4, ge=1, le=100)
     #: dtype of weight_scale; "auto": the source weight's.
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
 

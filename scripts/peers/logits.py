@@ -76,7 +76,10 @@ def from_transformers(model: Path, dtype: Any, args: argparse.Namespace) -> Any:
         options["quantization_config"] = transformers.BitsAndBytesConfig.from_dict(config)
     if config.get("quant_method") == "compressed-tensors" and not args.run_compressed:
         options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
-    return transformers.AutoModelForCausalLM.from_pretrained(model, **options)
+    network = transformers.AutoModelForCausalLM.from_pretrained(model, **options)
+    if config.get("quant_method") in ("fp8", "bitnet"):
+        network.to(dtype)  # these two leave their weights in bfloat16 whatever dtype was asked for
+    return network
 
 
 def from_gptqmodel(model: Path, dtype: Any, args: argparse.Namespace) -> Any:
@@ -90,9 +93,11 @@ def from_gptqmodel(model: Path, dtype: Any, args: argparse.Namespace) -> Any:
 
 def from_autoawq(model: Path, dtype: Any, args: argparse.Namespace) -> Any:
     from awq import AutoAWQForCausalLM
+    from peer_patches import allow_autoawq_without_ipex
 
+    allow_autoawq_without_ipex()
     wrapped = AutoAWQForCausalLM.from_quantized(
-        str(model), fuse_layers=False, device_map="cpu", torch_dtype=dtype, use_exllama=False, use_ipex=False
+        str(model), fuse_layers=False, device_map={"": "cpu"}, torch_dtype=dtype, use_ipex=False
     )
     return wrapped.model
 
@@ -173,10 +178,9 @@ def dense_weight(layer: Any, dtype: Any) -> Any:
         dtype = layer.dtype or dtype
     elif isinstance(layer, torch.nn.Linear) and weight.dtype in (torch.float32, torch.bfloat16, torch.float16):
         return weight
-    columns = []
-    for block in identity_blocks(layer.in_features, dtype):
-        product = layer(block)
-        columns.append(product if layer.bias is None else product - layer.bias)
+    bias, layer.bias = layer.bias, None  # adding and subtracting it would round
+    columns = [layer(block).reshape(len(block), -1) for block in identity_blocks(layer.in_features, dtype)]
+    layer.bias = bias
     return torch.cat(columns).T
 
 

@@ -22,6 +22,13 @@ def allow_fp8_without_gpu() -> None:
     FineGrainedFP8HfQuantizer.validate_environment = lambda self, *args, **kwargs: None
 
 
+def allow_autoawq_without_ipex() -> None:
+    """autoawq loads on "cpu" with Intel's extension only; its plain torch path takes any other name."""
+    import awq.models.base
+
+    awq.models.base.get_best_device = lambda: "cpu:0"
+
+
 def llmcompressor_modifier(
     algorithm: str,
     scheme: str,

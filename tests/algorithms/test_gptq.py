@@ -180,7 +180,9 @@ def test_error_feedback_for_a_codebook() -> None:
     nearest = gptq_quantize(weight, None, 0, PLAIN, make_quantizer=make)
     fed = gptq_quantize(weight, hessian, TOKENS, dataclasses.replace(PLAIN, sweeps=1), make_quantizer=make)
     assert fed.zero is None and int(fed.codes.max()) < 8
-    assert loss(weight, dense(fed, 32, table), hessian) < 0.7 * loss(weight, dense(nearest, 32, table), hessian)
+    assert loss(weight, dense(fed, 32, table), hessian) < 0.7 * loss(
+        weight, dense(nearest, 32, table), hessian
+    )
 
 
 def test_refinement_never_raises_the_error() -> None:
@@ -213,7 +215,9 @@ def test_without_statistics_codes_are_the_nearest(tokens: int) -> None:
     assert len(result.remarks) == 1 and "rounded to nearest" in result.remarks[0]
 
 
-@pytest.mark.parametrize("kind", ["rank one", "one token", "dead", "huge", "tiny", "nan", "inf", "negative", "ones"])
+@pytest.mark.parametrize(
+    "kind", ["rank one", "one token", "dead", "huge", "tiny", "nan", "inf", "negative", "ones"]
+)
 def test_hopeless_statistics(kind: str) -> None:
     weight, hessian = layer()
     row = torch.randn(1, 96, generator=torch.Generator().manual_seed(1))
@@ -272,7 +276,9 @@ def test_hostile_weights_are_refused(bad: float) -> None:
     ordering=st.sampled_from(["natural", "groups", "activation"]),
     tokens=st.integers(1, 200),
 )
-def test_any_shape(n: int, k: int, group: int, bits: int, symmetric: bool, ordering: str, tokens: int) -> None:
+def test_any_shape(
+    n: int, k: int, group: int, bits: int, symmetric: bool, ordering: str, tokens: int
+) -> None:
     g = torch.Generator().manual_seed(n * 1000 + k)
     weight = torch.randn(n, k, generator=g)
     inputs = torch.randn(tokens, k, generator=g)

@@ -19,7 +19,9 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def error(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, top: int, weigh=None) -> torch.Tensor:
+def error(
+    groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, top: int, weigh=None
+) -> torch.Tensor:
     s, z = scale.unsqueeze(1), zero.unsqueeze(1)
     wrong = ((encode(groups, s, z, top) - z) * s - groups) ** 2
     return (wrong if weigh is None else wrong * weigh).sum(1)
@@ -51,7 +53,9 @@ def test_searches_never_lose_to_minmax(bits: int, symmetric: bool) -> None:
     assert bool((error(groups, *found, grid.top) <= base * (1 + 1e-6)).all())
     assert float(error(groups, *found, grid.top).sum()) < float(base.sum())
     weighted = search_grid(groups, grid, weigh)
-    assert float(error(groups, *weighted, grid.top, weigh).sum()) < float(error(groups, *found, grid.top, weigh).sum())
+    assert float(error(groups, *weighted, grid.top, weigh).sum()) < float(
+        error(groups, *found, grid.top, weigh).sum()
+    )
 
 
 def test_signed_scale_halves_two_bit_error_of_a_one_sided_group() -> None:

@@ -369,13 +369,20 @@ def shard_lacks_tensor(path):
 
 @attack
 def shard_has_more(path):
-    save_file({"model.c.bias": torch.zeros(4), "model.c.weight": torch.zeros(4), "hidden": torch.zeros(1)}, path / TWO)
+    save_file(
+        {"model.c.bias": torch.zeros(4), "model.c.weight": torch.zeros(4), "hidden": torch.zeros(1)},
+        path / TWO,
+    )
     return [TWO, "hidden", INDEX]
 
 
 @attack
 def tensor_in_two_shards(path):
-    extra = {"model.c.weight": torch.zeros(4), "model.c.bias": torch.zeros(4), "model.a.weight": torch.ones(7, 5)}
+    extra = {
+        "model.c.weight": torch.zeros(4),
+        "model.c.bias": torch.zeros(4),
+        "model.a.weight": torch.ones(7, 5),
+    }
     save_file(extra, path / TWO)
     return [TWO, "model.a.weight"]
 
