@@ -246,9 +246,7 @@ def _module_entries(kinds: frozenset[Kind]) -> list[_Entry]:
 def _module_paths(root: Path) -> Iterator[Path]:
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = sorted(
-            name
-            for name in subfolders
-            if name not in _SKIPPED_DIRS and not name.startswith("config-")
+            name for name in subfolders if name not in _SKIPPED_DIRS and not name.startswith("config-")
         )
         for name in sorted(names):
             if name.endswith(".py") and not _SKIPPED_FILE.fullmatch(name):

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.calibration import LayerRunner
-from quantkit.convert import kept_report, layer_report, quantize_site, site_tensors
 from quantkit.distributed import Workers
 from quantkit.encoding import dequantize
 from quantkit.errors import DestinationError
@@ -25,6 +24,7 @@ from quantkit.linear import materialize
 from quantkit.plan import ConvertPlan, LayerPlan, Unit
 from quantkit.progress import Progress
 from quantkit.report_types import LayerReport
+from quantkit.sites import kept_report, layer_report, quantize_site, site_tensors
 
 
 class CalibratedLayers:
@@ -85,7 +85,9 @@ class CalibratedLayers:
                     packed = quantize_site(plan, target, weight, stat)
                     for remark in remarks.get(path, ()):
                         note(remark)
-                    reports[path] = layer_report(plan, target, weight, packed, stat, time.perf_counter() - started)
+                    reports[path] = layer_report(
+                        plan, target, weight, packed, stat, time.perf_counter() - started
+                    )
                     tensors.update(site_tensors(plan, target, packed))
                     dense = dequantize(packed)
                     if target.site.conv1d:
@@ -94,7 +96,10 @@ class CalibratedLayers:
                 del stats
             self.runner.advance(index)
             out = self._in_order(unit, tensors)
-        final = [reports[p.site.module.removeprefix(prefix)] if p.config is not None else kept_report(p) for p in layers]
+        final = [
+            reports[p.site.module.removeprefix(prefix)] if p.config is not None else kept_report(p)
+            for p in layers
+        ]
         return out, final
 
     def done(self, unit: Unit) -> None:
@@ -117,7 +122,7 @@ class CalibratedLayers:
         if not scale:
             start = 0
             stop = min(self.runner.micro, self.runner.ids.shape[0])
-            hidden = self.runner.states(index).read(start, stop).to(self.runner.device)
+            hidden = self.runner.inputs(index, start, stop)
             scale, found = discover_groups(layer, lambda: self.runner.run(index, start, stop, hidden))
             for path in by_path:
                 remarks[path] = list(found)

@@ -9,14 +9,12 @@ groups are visited in the order of computation, so each sees what the already qu
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,65 +22,29 @@ from quantkit.checkpoint import CheckpointReader
 from quantkit.distributed import Workers
 from quantkit.errors import CalibrationError, ConfigError, NumericsError
 from quantkit.formats.base import LayerStats
+from quantkit.hidden_states import HiddenStates
 from quantkit.linear import materialize
 from quantkit.load import fill_buffers, iter_dense
-from quantkit.skeleton import Skeleton, quiet_transformers
+from quantkit.meta_model import quiet_transformers
+from quantkit.skeleton import Skeleton, linear_shape
 
 _EXPERT = re.compile(r"^(.*\bexperts)\.(\d+)\.(.+)$")
 _MICRO_TOKENS = 4096
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
 
 
 class _Stop(Exception):
     """Ends a forward pass once nothing more is to be learned from it."""
 
 
-class HiddenStates:
-    """float32 `[samples, seqlen, hidden]` in one file, read and written a few samples at a time."""
-
-    def __init__(self, path: Path, samples: int, seqlen: int, hidden: int) -> None:
-        self.path = path
-        self.shape = (samples, seqlen, hidden)
-        self._row = seqlen * hidden * 4
-
-    def create(self) -> None:
-        """Make the file at its full size, so that a full disk is noticed now."""
-        with open(self.path, "wb") as file:
-            if hasattr(os, "posix_fallocate") and self.nbytes:
-                os.posix_fallocate(file.fileno(), 0, self.nbytes)
-            else:
-                file.truncate(self.nbytes)
-
-    @property
-    def nbytes(self) -> int:
-        return self.shape[0] * self._row
-
-    def complete(self) -> bool:
-        """Is the file there, with the size it should have?"""
-        return self.path.exists() and self.path.stat().st_size == self.nbytes
-
-    def read(self, start: int, stop: int) -> Tensor:
-        """Samples `start:stop`; a private copy (a short-lived map, so that pages are given back)."""
-        shape = (stop - start, *self.shape[1:])
-        view = np.memmap(self.path, np.float32, "r", start * self._row, shape)
-        return torch.from_numpy(np.array(view))
-
-    def write(self, start: int, values: Tensor) -> None:
-        """Store samples from `start` on."""
-        data = values.detach().to("cpu", torch.float32).contiguous().numpy()
-        with open(self.path, "r+b") as file:
-            file.seek(start * self._row)
-            file.write(data.tobytes())
-
-    def sync(self) -> None:
-        """Make the file durable."""
-        with open(self.path, "r+b") as file:
-            os.fsync(file.fileno())
-
-
 class _Recorder(nn.Module):
     """Stands for a decoder layer: keeps the arguments it is called with, passes hidden states on."""
 
-    def __init__(self, layer: nn.Module, index: int, sink: Callable[[int, Tensor, tuple, dict], None]) -> None:
+    def __init__(
+        self, layer: nn.Module, index: int, sink: Callable[[int, Tensor, Args, Kwargs], None]
+    ) -> None:
         super().__init__()
         object.__setattr__(self, "_layer", layer)
         self._index = index
@@ -141,7 +103,8 @@ class LayerRunner:
         self.device, self.dtype, self.scratch, self.workers = device, dtype, scratch, workers
         self.layers: Any = skeleton.modules[skeleton.layers_path]
         self.micro = max(1, _MICRO_TOKENS // ids.shape[1])
-        self._calls: dict[tuple[int, int], tuple[tuple, dict]] = {}
+        self._calls: dict[tuple[int, int], tuple[Args, Kwargs]] = {}
+        self._resident: dict[int, Tensor] = {}  # layer -> its inputs, where the accelerator has room for them
         self._by_layer: dict[int, list[str]] = {}
         self._outside: list[str] = []
         decoder = skeleton.layers_path.rpartition(".")[0]
@@ -160,7 +123,9 @@ class LayerRunner:
     def states(self, layer: int) -> HiddenStates:
         """Inputs of layer `layer` (its index may be the number of layers: the stack's output)."""
         hidden = self._hidden
-        return HiddenStates(self.scratch / f"hidden-{layer:05d}.f32", self.ids.shape[0], self.ids.shape[1], hidden)
+        return HiddenStates(
+            self.scratch / f"hidden-{layer:05d}.f32", self.ids.shape[0], self.ids.shape[1], hidden
+        )
 
     def capture(self, *, keep_first: bool) -> None:
         """Run the embeddings and everything before the layers; learn each layer's arguments."""
@@ -173,7 +138,7 @@ class LayerRunner:
         first: list[Tensor] = []
         last = len(originals) - 1
 
-        def sink(index: int, hidden: Tensor, args: tuple, kwargs: dict) -> None:
+        def sink(index: int, hidden: Tensor, args: Args, kwargs: Kwargs) -> None:
             if index == 0:
                 first.append(hidden)
             self._calls.setdefault((index, hidden.shape[0]), (args, kwargs))
@@ -212,6 +177,24 @@ class LayerRunner:
             for target in self.skeleton.targets(name, self.reader.info(name).shape):
                 _back_to_meta(self.skeleton.model, target.param)
 
+    def inputs(self, layer: int, start: int, stop: int) -> Tensor:
+        """Samples `start:stop` of a layer's inputs, on the device."""
+        if layer not in self._resident and self._fits():
+            states = self.states(layer)
+            self._resident = {layer: torch.empty(states.shape, device=self.device)}
+            for a, b in self.batches():
+                self._resident[layer][a:b] = states.read(a, b).to(self.device)
+        if layer in self._resident:
+            return self._resident[layer][start:stop].clone()  # a layer may write to its input
+        return self.states(layer).read(start, stop).to(self.device)
+
+    def _fits(self) -> bool:
+        """Hidden states are read about six times a layer: keep them on an accelerator with room to spare."""
+        if self.device.type == "cpu":
+            return False
+        free, _ = torch.accelerator.get_memory_info(self.device)
+        return self.states(0).nbytes < free // 8
+
     def batches(self) -> Iterator[tuple[int, int]]:
         """(start, stop) of the micro-batches."""
         for start in range(0, self.ids.shape[0], self.micro):
@@ -228,7 +211,8 @@ class LayerRunner:
             for param, value in iter_dense(self.reader, self.skeleton, name):
                 if not bool(torch.isfinite(value).all()):
                     raise NumericsError(
-                        f"{self.reader.info(name).file.name}: tensor {name!r} holds NaN or Inf", hint="Repair the source."
+                        f"{self.reader.info(name).file.name}: tensor {name!r} holds NaN or Inf",
+                        hint="Repair the source.",
                     )
                 materialize(self.skeleton.model, param, _wide(value).to(self.device))
                 filled.append(param)
@@ -249,17 +233,20 @@ class LayerRunner:
 
     def advance(self, index: int) -> None:
         """Run layer `index` as it is now over all samples; its outputs become the next layer's inputs."""
-        source, sink = self.states(index), self.states(index + 1)
+        sink = self.states(index + 1)
         sink.create()
         for start, stop in self.batches():
-            out = self.run(index, start, stop, source.read(start, stop).to(self.device))
+            out = self.run(index, start, stop, self.inputs(index, start, stop))
             if not bool(torch.isfinite(out).all()):
-                raise NumericsError(f"layer {index} produces NaN or Inf on the calibration data", hint="Try --dtype float32.")
+                raise NumericsError(
+                    f"layer {index} produces NaN or Inf on the calibration data", hint="Try --dtype float32."
+                )
             sink.write(start, out)
         sink.sync()
 
     def drop(self, layer: int) -> None:
         """Remove the inputs of a layer that is done."""
+        self._resident.pop(layer, None)
         self.states(layer).path.unlink(missing_ok=True)
 
     def groups(self, index: int, paths: list[str]) -> list[Group]:
@@ -280,7 +267,7 @@ class LayerRunner:
         handles = [layer.get_submodule(p).register_forward_pre_hook(hook_for(p)) for p in paths]
         start, stop = next(self.batches())
         try:
-            self.run(index, start, stop, self.states(index).read(start, stop).to(self.device))
+            self.run(index, start, stop, self.inputs(index, start, stop))
         finally:
             for handle in handles:
                 handle.remove()
@@ -295,7 +282,9 @@ class LayerRunner:
                 groups.append(Group((_star(path),)))
         return groups
 
-    def statistics(self, index: int, groups: list[Group], paths: list[str], *, max_only: bool = False) -> dict[str, LayerStats]:
+    def statistics(
+        self, index: int, groups: list[Group], paths: list[str], *, max_only: bool = False
+    ) -> dict[str, LayerStats]:
         """Statistics of the inputs of the linears in `groups`, over all samples and workers."""
         layer = self.layers[index]
         leaders: dict[str, LayerStats] = {}
@@ -306,7 +295,7 @@ class LayerRunner:
                     leader = _fill_star(group.members[0], path)
                     follow[path] = leader
                     if leader not in leaders:
-                        k = _in_features(layer.get_submodule(leader))
+                        k = linear_shape(layer.get_submodule(leader))[1]
                         leaders[leader] = LayerStats(
                             0,
                             torch.zeros(0 if max_only else k, 0 if max_only else k, device=self.device),
@@ -319,7 +308,9 @@ class LayerRunner:
             def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
                 with torch.autocast(self.device.type, enabled=False):
                     x = args[0].reshape(-1, args[0].shape[-1]).float()
-                    assert stats.hessian is not None and stats.abs_sum is not None and stats.abs_max is not None
+                    assert (
+                        stats.hessian is not None and stats.abs_sum is not None and stats.abs_max is not None
+                    )
                     stats.tokens += x.shape[0]
                     if stats.hessian.numel():
                         stats.hessian.addmm_(x.t(), x)
@@ -331,19 +322,22 @@ class LayerRunner:
 
             return hook
 
-        handles = [layer.get_submodule(p).register_forward_pre_hook(hook_for(p, s)) for p, s in leaders.items()]
-        source = self.states(index)
+        handles = [
+            layer.get_submodule(p).register_forward_pre_hook(hook_for(p, s)) for p, s in leaders.items()
+        ]
         try:
             for start, stop in self.batches():
                 with contextlib.suppress(_Stop):
-                    self.run(index, start, stop, source.read(start, stop).to(self.device))
+                    self.run(index, start, stop, self.inputs(index, start, stop))
         finally:
             for handle in handles:
                 handle.remove()
         for path, stats in leaders.items():
             self._reduce(stats)
             if stats.hessian is not None and not bool(torch.isfinite(stats.hessian).all()):
-                raise NumericsError(f"layer {index}: inputs of {path!r} are not finite", hint="Try --dtype float32.")
+                raise NumericsError(
+                    f"layer {index}: inputs of {path!r} are not finite", hint="Try --dtype float32."
+                )
         return {path: leaders[leader] for path, leader in follow.items()}
 
     def _reduce(self, stats: LayerStats) -> None:
@@ -367,7 +361,9 @@ def check_sequence(skeleton: Skeleton, seqlen: int) -> int:
     text = skeleton.hf_config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or seqlen
     if limit < 2:
-        raise CalibrationError(f"the model takes only {limit} positions", hint="Correct max_position_embeddings.")
+        raise CalibrationError(
+            f"the model takes only {limit} positions", hint="Correct max_position_embeddings."
+        )
     return min(seqlen, int(limit))
 
 
@@ -383,12 +379,6 @@ def _fill_star(pattern: str, path: str) -> str:
     """The path that `pattern` means for the same expert as `path`."""
     match = _EXPERT.match(path)
     return pattern.replace("*", match[2]) if match else pattern
-
-
-def _in_features(module: nn.Module) -> int:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return int(weight.shape[0] if type(module).__name__ == "Conv1D" else weight.shape[1])
 
 
 def _back_to_meta(model: nn.Module, path: str) -> None:

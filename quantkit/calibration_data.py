@@ -57,7 +57,9 @@ def load_calibration(
     model's vocabulary.
     """
     if samples < 1 or seqlen < 2:
-        raise CalibrationError(f"{samples} samples of {seqlen} tokens are no calibration", hint="Ask for more.")
+        raise CalibrationError(
+            f"{samples} samples of {seqlen} tokens are no calibration", hint="Ask for more."
+        )
     if isinstance(source, Tensor):
         return _checked(source.to(torch.int64)[:samples, :seqlen], "token ids", seed, vocab_size)
     name = str(source)
@@ -79,7 +81,9 @@ def load_calibration(
         elif path.exists():
             raise CalibrationError(f"{path} is not a file", hint="Give a text or jsonl file.")
         elif path.suffix in (".txt", ".jsonl", ".json", ".md"):
-            raise CalibrationError(f"calibration file {path} does not exist", hint="Check the path, or use 'builtin'.")
+            raise CalibrationError(
+                f"calibration file {path} does not exist", hint="Check the path, or use 'builtin'."
+            )
         else:
             texts = _dataset(name)
     need = samples * seqlen
@@ -88,13 +92,17 @@ def load_calibration(
     for one in texts:
         if not one.strip():
             continue
-        ids = torch.tensor(tokenizer(one, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+        ids = torch.tensor(
+            tokenizer(one, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64
+        )
         pieces.append(ids)
         have += len(ids)
         if have >= 4 * need:
             break
     if not pieces:
-        raise CalibrationError(f"calibration data {name} is empty", hint="Give a file with text, or use 'builtin'.")
+        raise CalibrationError(
+            f"calibration data {name} is empty", hint="Give a file with text, or use 'builtin'."
+        )
     stream = torch.cat(pieces)
     chunks = len(stream) // seqlen
     if chunks < 1:
@@ -107,13 +115,24 @@ def load_calibration(
     return _checked(all_chunks[order], label, seed, vocab_size)
 
 
+def holds_text(path: Path) -> bool:
+    """Whether the first row of a jsonl file needs a tokenizer."""
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            return '"input_ids"' not in file.readline()
+    except OSError:
+        return True
+
+
 def _checked(ids: Tensor, source: str, seed: int, vocab_size: int) -> CalibrationData:
     if ids.dim() != 2 or ids.numel() == 0:
-        raise CalibrationError(f"calibration ids of {source} have shape {list(ids.shape)}", hint="Expected [samples, seqlen].")
+        raise CalibrationError(
+            f"calibration ids of {source} have shape {list(ids.shape)}", hint="Expected [samples, seqlen]."
+        )
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:
         raise CalibrationError(
-            f"calibration data {source} has token id {low if low < 0 else high}, but the model's vocabulary has {vocab_size}",
+            f"calibration data {source} has token id {low if low < 0 else high}, the model's vocabulary {vocab_size}",
             hint="The tokenizer does not belong to this model.",
         )
     return CalibrationData(ids.contiguous(), source, seed)
@@ -123,7 +142,9 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise CalibrationError(f"{path} is not UTF-8 text (byte {error.start})", hint="Convert it to UTF-8.") from None
+        raise CalibrationError(
+            f"{path} is not UTF-8 text (byte {error.start})", hint="Convert it to UTF-8."
+        ) from None
     except OSError as error:
         raise CalibrationError(f"{path}: {error.strerror}", hint="Check the file.") from None
 
@@ -135,9 +156,13 @@ def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
-            raise CalibrationError(f"{path}, line {number}: not JSON", hint="Each line must be one JSON object.") from None
+            raise CalibrationError(
+                f"{path}, line {number}: not JSON", hint="Each line must be one JSON object."
+            ) from None
         if not isinstance(row, dict) or not ({"text", "input_ids", "messages"} & row.keys()):
-            raise CalibrationError(f'{path}, line {number}: no "text" or "input_ids"', hint="Add one of them.")
+            raise CalibrationError(
+                f'{path}, line {number}: no "text" or "input_ids"', hint="Add one of them."
+            )
         yield row
 
 
@@ -155,10 +180,13 @@ def _id_rows(path: Path, rows: list[dict[str, Any]], samples: int, seqlen: int) 
     for number, row in enumerate(rows[:samples], 1):
         ids = row.get("input_ids")
         if not isinstance(ids, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-            raise CalibrationError(f'{path}, row {number}: "input_ids" is no list of whole numbers', hint="Correct it.")
+            raise CalibrationError(
+                f'{path}, row {number}: "input_ids" is no list of whole numbers', hint="Correct it."
+            )
         if len(ids) < seqlen:
             raise CalibrationError(
-                f"{path}, row {number}: {len(ids)} token ids, fewer than --seqlen {seqlen}", hint="Give a smaller --seqlen."
+                f"{path}, row {number}: {len(ids)} token ids, fewer than --seqlen {seqlen}",
+                hint="Give a smaller --seqlen.",
             )
         out.append(ids[:seqlen])
     return torch.tensor(out, dtype=torch.int64)
@@ -173,11 +201,17 @@ def _dataset(name: str) -> Iterator[str]:
             hint="pip install datasets, give a text file, or use 'builtin'.",
         ) from None
     parts = name.split(":")
-    repo, config, split = parts[0], parts[1] if len(parts) > 1 and parts[1] else None, parts[2] if len(parts) > 2 else "train"
+    repo, config, split = (
+        parts[0],
+        parts[1] if len(parts) > 1 and parts[1] else None,
+        parts[2] if len(parts) > 2 else "train",
+    )
     try:
         rows = load_dataset(repo, config, split=split, streaming=True)
         for row in rows:
             if isinstance(row.get("text"), str):
                 yield row["text"]
     except Exception as error:
-        raise CalibrationError(f"dataset {name!r}: {error}", hint="Check the id, or use 'builtin'.") from error
+        raise CalibrationError(
+            f"dataset {name!r}: {error}", hint="Check the id, or use 'builtin'."
+        ) from error

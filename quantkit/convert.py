@@ -21,19 +21,18 @@ import torch
 from torch import Tensor
 
 import quantkit
-from quantkit.calibration_data import CalibrationData, load_calibration
+from quantkit.calibration_data import CalibrationData, holds_text, load_calibration
 from quantkit.checkpoint import CheckpointReader
 from quantkit.distributed import Workers, join_workers
-from quantkit.encoding import PackedWeight, dequantize
-from quantkit.errors import NumericsError, QuantkitError, UsageError
+from quantkit.errors import NumericsError, UsageError
 from quantkit.formats import get_format
-from quantkit.formats.base import LayerStats, take_notes
 from quantkit.hub import resolve_model
 from quantkit.load import load_tokenizer, parse_dtype, quantization_config
-from quantkit.plan import ConvertPlan, LayerPlan, Unit, make_plan
+from quantkit.plan import ConvertPlan, make_plan
 from quantkit.progress import NullProgress, Progress
 from quantkit.publish import CheckpointWriter
 from quantkit.report_types import ConvertResult, LayerReport, PlanReport
+from quantkit.sites import stream_unit
 from quantkit.skeleton import Skeleton
 
 
@@ -91,11 +90,16 @@ def convert(
         present = quantization_config(reader)
         if present is not None:
             raise UsageError(
-                f"{path} is already quantized ({present['quant_method']})", hint="Give the checkpoint it was made from."
+                f"{path} is already quantized ({present['quant_method']})",
+                hint="Give the checkpoint it was made from.",
             )
         skeleton = Skeleton(path, reader.config, trust_remote_code=trust_remote_code)
         plan = make_plan(reader, skeleton, fmt, options or {}, skip=skip, overrides=overrides, strict=strict)
-        data = _calibration(plan, path, calibration, samples, seqlen, seed, trust_remote_code) if plan.calibrated else None
+        data = (
+            _calibration(plan, path, calibration, samples, seqlen, seed, trust_remote_code)
+            if plan.calibrated
+            else None
+        )
         if dry_run:
             from quantkit.estimate import plan_report
 
@@ -111,7 +115,9 @@ def convert(
             "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
         }
         with join_workers(where) as workers:
-            result = ConvertResult(str(output), fmt.name, plan.config.model_dump(mode="json"), source=str(model))
+            result = ConvertResult(
+                str(output), fmt.name, plan.config.model_dump(mode="json"), source=str(model)
+            )
             result.warnings = list(plan.warnings)
             result.calibration = data.describe() if data else None
             args = {
@@ -136,12 +142,18 @@ def convert(
 def pick_device(device: str) -> torch.device:
     """ "auto" -> the accelerator if torch sees one, else the CPU; UsageError for what is not there."""
     if device == "auto":
-        return torch.accelerator.current_accelerator() or torch.device("cpu") if torch.accelerator.is_available() else torch.device("cpu")
+        return (
+            torch.accelerator.current_accelerator() or torch.device("cpu")
+            if torch.accelerator.is_available()
+            else torch.device("cpu")
+        )
     try:
         chosen = torch.device(device)
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"device {device!r} is not available ({str(error).splitlines()[0]})", hint="Use --device cpu.") from None
+        raise UsageError(
+            f"device {device!r} is not available ({str(error).splitlines()[0]})", hint="Use --device cpu."
+        ) from None
     return chosen
 
 
@@ -150,18 +162,16 @@ def _calibration(
 ) -> CalibrationData:
     from quantkit.calibration import check_sequence
 
-    tokenizer = None
-    if not isinstance(source, Tensor) and not str(source).endswith(".jsonl"):
-        tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-    elif not isinstance(source, Tensor):
-        with_text = Path(source).is_file() and '"text"' in Path(source).open(encoding="utf-8", errors="replace").readline()
-        tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code) if with_text else None
+    ids_only = isinstance(source, Tensor) or (str(source).endswith(".jsonl") and not holds_text(Path(source)))
+    tokenizer = None if ids_only else load_tokenizer(path, trust_remote_code=trust_remote_code)
     vocab = int(plan.skeleton.hf_config.get_text_config().vocab_size)
     length = check_sequence(plan.skeleton, seqlen)
     return load_calibration(source, tokenizer, samples=samples, seqlen=length, seed=seed, vocab_size=vocab)
 
 
-def _fingerprint(plan: ConvertPlan, data: CalibrationData | None, dtype: torch.dtype, device: torch.device) -> dict[str, str]:
+def _fingerprint(
+    plan: ConvertPlan, data: CalibrationData | None, dtype: torch.dtype, device: torch.device
+) -> dict[str, str]:
     layers = [(p.site.name, p.config.model_dump(mode="json") if p.config else None) for p in plan.layers]
     return {
         "model": plan.reader.fingerprint(),
@@ -186,7 +196,9 @@ def _run(
     progress: Progress,
     result: ConvertResult,
 ) -> None:
-    progress.start(sum(p.config is not None for p in plan.layers), f"{plan.format.name}: {plan.reader.path.name}")
+    progress.start(
+        sum(p.config is not None for p in plan.layers), f"{plan.format.name}: {plan.reader.path.name}"
+    )
     completed: set[str] = set(workers.share(list(writer.completed) if writer else None))
     runner = None
     if plan.calibrated:
@@ -222,105 +234,13 @@ def _run(
         progress.finish()
 
 
-def stream_unit(
-    plan: ConvertPlan, unit: Unit, device: torch.device, progress: Progress
-) -> tuple[dict[str, Tensor], list[LayerReport]]:
-    """Convert a unit's tensors one at a time, without a model."""
-    out: dict[str, Tensor] = {}
-    reports: list[LayerReport] = []
-    by_source = plan.by_source()
-    for name in unit.names:
-        layers = by_source.get(name, [])
-        if not any(p.config is not None for p in layers):
-            out[name] = plan.reader.read(name, check_finite=True)
-            reports.extend(kept_report(p) for p in layers)
-            continue
-        for layer in layers:
-            weight = read_site(plan.reader, layer)
-            if layer.config is None:
-                out[layer.site.name + ".weight"] = weight
-                reports.append(kept_report(layer))
-                continue
-            started = time.perf_counter()
-            dense = weight.to(device, torch.float32)
-            if layer.site.conv1d:
-                dense = dense.t().contiguous()
-            packed = quantize_site(plan, layer, dense, None)
-            report = layer_report(plan, layer, dense, packed, None, time.perf_counter() - started)
-            out.update(site_tensors(plan, layer, packed))
-            reports.append(report)
-            progress.layer(report)
-    return out, reports
-
-
-def read_site(reader: CheckpointReader, layer: LayerPlan) -> Tensor:
-    """The dense weight of one site as stored (a slice where experts are fused)."""
-    site = layer.site
-    if site.index is None:
-        return reader.read(site.source, check_finite=True)
-    value = reader.read_index(site.source, site.index, check_finite=True)
-    return value if site.rows is None else value[site.rows[0] : site.rows[1]].clone()
-
-
-def quantize_site(plan: ConvertPlan, layer: LayerPlan, weight: Tensor, stats: LayerStats | None) -> PackedWeight:
-    """`format.quantize` with errors that name the layer."""
-    take_notes()
-    try:
-        return plan.format.quantize(weight, layer.config, stats)
-    except QuantkitError as error:
-        raise type(error)(f"layer {layer.site.name!r}: {error.what}", hint=error.hint) from error
-
-
-def site_tensors(plan: ConvertPlan, layer: LayerPlan, packed: PackedWeight) -> dict[str, Tensor]:
-    """Named tensors of one quantized layer, on the CPU."""
-    tensors = plan.format.to_checkpoint(packed, layer.config)
-    return {f"{layer.site.name}.{suffix}": t.detach().cpu().contiguous() for suffix, t in tensors.items()}
-
-
-def kept_report(layer: LayerPlan) -> LayerReport:
-    """Report of a linear weight that stays as it was."""
-    count = layer.site.shape[0] * layer.site.shape[1]
-    return LayerReport(
-        layer.site.name, layer.site.shape, "kept", bits_per_weight=layer.size_before * 8 / count, notes=[layer.note]
-    )
-
-
-def layer_report(
-    plan: ConvertPlan,
-    layer: LayerPlan,
-    weight: Tensor,
-    packed: PackedWeight,
-    stats: LayerStats | None,
-    seconds: float,
-) -> LayerReport:
-    """Errors of one quantized layer: of the weight, and of its output under the calibration inputs."""
-    dense = dequantize(packed)
-    delta = dense - weight
-    norm = float(weight.norm())
-    weight_error = float(delta.norm()) / norm if norm > 0 else float(delta.norm())
-    if not torch.isfinite(dense).all():
-        raise NumericsError(f"layer {layer.site.name!r}: the quantized weight is not finite", hint="Skip this layer.")
-    output_error = None
-    if stats is not None and stats.hessian is not None and stats.hessian.numel() and stats.tokens:
-        signal = float(((weight @ stats.hessian) * weight).sum().clamp_min(0))
-        noise = float(((delta @ stats.hessian) * delta).sum().clamp_min(0))
-        output_error = (noise / signal) ** 0.5 if signal > 0 else 0.0
-    notes = ([layer.note] if layer.note else []) + take_notes()
-    return LayerReport(
-        layer.site.name,
-        layer.site.shape,
-        "quantized",
-        layer.config.model_dump(mode="json"),
-        layer.size_after * 8 / (weight.shape[0] * weight.shape[1]),
-        weight_error,
-        output_error,
-        seconds,
-        notes,
-    )
-
-
 def _finish(
-    plan: ConvertPlan, writer: CheckpointWriter, result: ConvertResult, started: float, command: str | None, strict: bool
+    plan: ConvertPlan,
+    writer: CheckpointWriter,
+    result: ConvertResult,
+    started: float,
+    command: str | None,
+    strict: bool,
 ) -> None:
     """config.json, side files, model card, figures; then publish."""
     from quantkit.model_card import render_model_card
@@ -328,7 +248,9 @@ def _finish(
     if strict:
         for report in result.layers:
             if report.action == "quantized" and report.notes:
-                raise NumericsError(f"layer {report.name!r}: {report.notes[0]}", hint="Drop --strict to accept it.")
+                raise NumericsError(
+                    f"layer {report.name!r}: {report.notes[0]}", hint="Drop --strict to accept it."
+                )
     layers = plan.quantized_layers()
     config = dict(plan.reader.config)
     config["quantization_config"] = plan.format.to_hf_config(layers)
@@ -349,7 +271,11 @@ def _finish(
     result.seconds = time.perf_counter() - started
     source_card = plan.reader.path / "README.md"
     card = render_model_card(
-        result, base_model=result.source, loaders=plan.format.loaders, source_card=source_card, command=command
+        result,
+        base_model=result.source,
+        loaders=plan.format.loaders,
+        source_card=source_card,
+        command=command,
     )
     writer.add_bytes("README.md", card.encode())
     writer.publish()

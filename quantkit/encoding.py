@@ -143,7 +143,9 @@ def check_shapes(packed: PackedWeight) -> None:
     for name, shape in want.items():
         got = tuple(getattr(packed, name).shape)
         if got != shape:
-            raise ValueError(f"{name} of {packed.encoding} for weight {packed.shape} must be {shape}, is {got}")
+            raise ValueError(
+                f"{name} of {packed.encoding} for weight {packed.shape} must be {shape}, is {got}"
+            )
     if packed.codes.dtype != torch.uint8:
         raise ValueError(f"codes must be uint8, are {packed.codes.dtype}")
     if isinstance(packed.encoding, Affine):

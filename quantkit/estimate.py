@@ -26,7 +26,11 @@ _PASSES = 5
 
 
 def plan_report(
-    plan: ConvertPlan, source: str, output: str | os.PathLike[str] | None, data: CalibrationData | None, device: torch.device
+    plan: ConvertPlan,
+    source: str,
+    output: str | os.PathLike[str] | None,
+    data: CalibrationData | None,
+    device: torch.device,
 ) -> PlanReport:
     """The dry run's report."""
     layers = [

@@ -84,7 +84,11 @@ def unfusable(module: nn.Module) -> str | None:
     not an experts module at all, else the reason why it cannot be taken apart."""
     gate_up = getattr(module, "gate_up_proj", None)
     down = getattr(module, "down_proj", None)
-    fused = [t for t in (gate_up, down, getattr(module, "up_proj", None)) if isinstance(t, nn.Parameter) and t.dim() == 3]
+    fused = [
+        t
+        for t in (gate_up, down, getattr(module, "up_proj", None))
+        if isinstance(t, nn.Parameter) and t.dim() == 3
+    ]
     if not fused:
         return ""
     if gate_up is None or down is None or not getattr(module, "has_gate", True):

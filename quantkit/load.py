@@ -22,7 +22,8 @@ from quantkit.formats import get_layout
 from quantkit.formats.base import Layout, ReadConfig
 from quantkit.hub import resolve_model
 from quantkit.linear import materialize, meta_tensors, replace_linear
-from quantkit.skeleton import Skeleton, quiet_transformers
+from quantkit.meta_model import quiet_transformers
+from quantkit.skeleton import Skeleton, linear_shape
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -72,7 +73,8 @@ def quantization_config(reader: CheckpointReader) -> Mapping[str, Any] | None:
             continue
         if not isinstance(mapping, dict) or not isinstance(mapping.get("quant_method"), str):
             raise ConfigError(
-                f"{reader.path / 'config.json'}: quantization_config has no quant_method", hint="Correct config.json."
+                f"{reader.path / 'config.json'}: quantization_config has no quant_method",
+                hint="Correct config.json.",
             )
         return mapping
     return None
@@ -107,16 +109,9 @@ def read_layer(
     except ValueError as error:  # PackedWeight's own shape check
         file = reader.info(next(iter(found.layers[name].values()))).file.name
         raise CheckpointError(
-            f"{file}: layer {name!r}: {error}", hint="The file is damaged or its quantization_config is wrong."
+            f"{file}: layer {name!r}: {error}",
+            hint="The file is damaged or its quantization_config is wrong.",
         ) from error
-
-
-def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """(out_features, in_features) of an nn.Linear or a Conv1D."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    rows, columns = weight.shape
-    return (columns, rows) if type(module).__name__ == "Conv1D" else (rows, columns)
 
 
 def load(
@@ -167,7 +162,9 @@ def load(
     finish_model(skeleton, device)
     left = meta_tensors(skeleton.model)
     if left:
-        raise CheckpointError(f"tensor {left[0]!r} is missing from {path}", hint="Download the checkpoint again.")
+        raise CheckpointError(
+            f"tensor {left[0]!r} is missing from {path}", hint="Download the checkpoint again."
+        )
     _load_generation_config(skeleton.model, path)
     skeleton.model.quantkit_layout = found.layout.name if found else None
     return skeleton.model
@@ -177,7 +174,7 @@ def _quantized_modules(
     reader: CheckpointReader, skeleton: Skeleton, found: QuantizedTensors
 ) -> dict[str, str]:
     """Quantized layer name in the checkpoint -> module path; refuses layers the model lacks."""
-    out = {}
+    out: dict[str, str] = {}
     for name, tensors in found.layers.items():
         module = skeleton.module_for(name)
         kind = type(skeleton.modules.get(module or "", None)).__name__
@@ -188,7 +185,9 @@ def _quantized_modules(
                 hint="The config does not belong to these weights.",
             )
         if module in out.values():
-            raise CheckpointError(f"two quantized layers fill {module!r} (one is {name!r})", hint="Remove one.")
+            raise CheckpointError(
+                f"two quantized layers fill {module!r} (one is {name!r})", hint="Remove one."
+            )
         out[name] = module
     return out
 
@@ -203,7 +202,11 @@ def iter_dense(reader: CheckpointReader, skeleton: Skeleton, name: str) -> Itera
 
 
 def _put_tensor(
-    reader: CheckpointReader, skeleton: Skeleton, name: str, device: str | torch.device, dtype: torch.dtype | None
+    reader: CheckpointReader,
+    skeleton: Skeleton,
+    name: str,
+    device: str | torch.device,
+    dtype: torch.dtype | None,
 ) -> None:
     for param, value in iter_dense(reader, skeleton, name):
         if dtype is not None and value.is_floating_point():
@@ -232,7 +235,9 @@ def fill_buffers(model: Any, device: str | torch.device) -> None:
 
     for tensor in (*model.parameters(), *model.buffers()):
         tensor._is_hf_initialized = True
-    owners: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if isinstance(m, PreTrainedModel)]
+    owners: list[tuple[str, Any]] = [
+        (n, m) for n, m in model.named_modules() if isinstance(m, PreTrainedModel)
+    ]
     for path, module in model.named_modules():
         names = [n for n in module._non_persistent_buffers_set if module._buffers.get(n) is not None]
         fresh = [n for n in names if module._buffers[n].device.type == "meta"]
@@ -240,7 +245,10 @@ def fill_buffers(model: Any, device: str | torch.device) -> None:
             continue
         for name in fresh:
             module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
-        owner = max((o for o in owners if path == o[0] or path.startswith(o[0] + ".") or not o[0]), key=lambda o: len(o[0]))
+        owner = max(
+            (o for o in owners if path == o[0] or path.startswith(o[0] + ".") or not o[0]),
+            key=lambda o: len(o[0]),
+        )
         with torch.no_grad():
             owner[1]._init_weights(module)
 
@@ -253,7 +261,9 @@ def _load_generation_config(model: Any, path: os.PathLike[str]) -> None:
             try:
                 model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
             except (OSError, ValueError, TypeError) as error:
-                raise ConfigError(f"{path}/generation_config.json: {error}", hint="Correct or remove it.") from error
+                raise ConfigError(
+                    f"{path}/generation_config.json: {error}", hint="Correct or remove it."
+                ) from error
 
 
 def _config_dtype(reader: CheckpointReader) -> torch.dtype | None:
@@ -271,14 +281,18 @@ def parse_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def load_tokenizer(model: str | os.PathLike[str], *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(
+    model: str | os.PathLike[str], *, revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
     """The checkpoint's tokenizer; CheckpointError when it has none."""
     from transformers import AutoTokenizer
 
     path = resolve_model(model, revision)
     with quiet_transformers():
         try:
-            return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+            return AutoTokenizer.from_pretrained(
+                path, local_files_only=True, trust_remote_code=trust_remote_code
+            )
         except Exception as error:
             raise CheckpointError(
                 f"{path}: no usable tokenizer ({type(error).__name__}: {error})",

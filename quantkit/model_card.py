@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import quantkit
-from quantkit.report_types import ConvertResult
+from quantkit.report_types import ConvertResult, remarks
 
 if TYPE_CHECKING:
     import jinja2
@@ -27,10 +27,10 @@ _TEMPLATE = """\
 # {{ title }}
 
 {% if local -%}
-The checkpoint in the local directory `{{ base_model | code }}`
+`{{ base_model | code }}` (a local directory)
 {%- else -%}
 [`{{ base_model | code }}`](https://huggingface.co/{{ base_model }})
-{%- endif %} quantized to **{{ format }}** with quantkit {{ version }}.
+{%- endif %}, quantized to **{{ format }}** with quantkit {{ version }}.
 
 | | before | after |
 |---|---|---|
@@ -171,7 +171,7 @@ def render_model_card(
             calibration=list((result.calibration or {}).items()),
             worst=[_row(layer) for layer in result.worst_layers(10)],
             notes=_notes(result),
-            snippets=snippets(result.format, loaders, output),
+            snippets=snippets(loaders, output),
             license=_license(source),
         )
     )
@@ -212,33 +212,25 @@ def front_matter(card: Path) -> dict[str, Any]:
     return result
 
 
-def snippets(format_name: str, loaders: Sequence[str], output: str) -> list[Snippet]:
+def snippets(loaders: Sequence[str], output: str) -> list[Snippet]:
     """How to load the files, for those of the format's loaders that we have words for."""
-    text = " ".join(loaders).lower()
     found = [Snippet("quantkit", "bash", f"quantkit generate {output} --prompt 'Once upon a time'")]
-    if "transformers" in text:
-        needs = {"nf4": "bitsandbytes", "gptq": "gptqmodel", "awq": "gptqmodel"}.get(format_name)
-        found.append(
-            Snippet(
-                "transformers" + (f" (with {needs} installed)" if needs else ""),
-                "python",
+    for loader in loaders:
+        key = loader.lower()
+        if key.startswith("transformers"):
+            code = (
                 "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
                 f'model = AutoModelForCausalLM.from_pretrained("{output}", device_map="auto")\n'
-                f'tokenizer = AutoTokenizer.from_pretrained("{output}")',
+                f'tokenizer = AutoTokenizer.from_pretrained("{output}")'
             )
-        )
-    if "vllm" in text:
-        found.append(Snippet("vLLM", "bash", f"vllm serve {output}"))
-    if "sglang" in text:
-        found.append(Snippet("SGLang", "bash", f"python -m sglang.launch_server --model-path {output}"))
-    if "gptqmodel" in text:
-        found.append(
-            Snippet(
-                "GPTQModel",
-                "python",
-                f'from gptqmodel import GPTQModel\n\nmodel = GPTQModel.load("{output}")',
-            )
-        )
+            found.append(Snippet(loader, "python", code))
+        elif key.startswith("vllm"):
+            found.append(Snippet(loader, "bash", f"vllm serve {output}"))
+        elif key.startswith("sglang"):
+            found.append(Snippet(loader, "bash", f"python -m sglang.launch_server --model-path {output}"))
+        elif key.startswith("gptqmodel"):
+            code = f'from gptqmodel import GPTQModel\n\nmodel = GPTQModel.load("{output}")'
+            found.append(Snippet(loader, "python", code))
     return found
 
 
@@ -312,8 +304,7 @@ def _row(layer: Any) -> dict[str, str]:
 
 
 def _notes(result: ConvertResult, limit: int = 20) -> list[str]:
-    notes = [one_line(w) for w in result.warnings]
-    notes += [f"{layer.name}: {note}" for layer in result.quantized for note in layer.notes]
+    notes = [one_line(text) for text in (*result.warnings, *remarks(result))]
     if len(notes) > limit:
         notes = [*notes[:limit], f"and {len(notes) - limit} more, see quantkit_manifest.json"]
     return notes

@@ -105,7 +105,9 @@ def make_config(fmt: Format, options: Mapping[str, Any], source_dtype: torch.dty
     try:
         config = fmt.Config.model_validate(dict(options))
     except ValidationError as error:
-        raise UsageError(_validation_text(fmt.name, error), hint=f"See quantkit formats {fmt.name}.") from None
+        raise UsageError(
+            _validation_text(fmt.name, error), hint=f"See quantkit formats {fmt.name}."
+        ) from None
     if getattr(config, "compute_dtype", None) == "auto":
         config = merge_config(config, {"compute_dtype": str(source_dtype).removeprefix("torch.")})
     return config
@@ -124,7 +126,9 @@ def source_dtype(reader: CheckpointReader) -> torch.dtype:
         if info.dtype.is_floating_point:
             totals[info.dtype] = totals.get(info.dtype, 0) + info.nbytes
     if not totals:
-        raise CheckpointError(f"{reader.path}: holds no floating point tensor", hint="Give a model's weights.")
+        raise CheckpointError(
+            f"{reader.path}: holds no floating point tensor", hint="Give a model's weights."
+        )
     return max(totals, key=lambda dtype: totals[dtype])
 
 
@@ -151,15 +155,30 @@ def make_plan(
     for site in sites:
         plan = _plan_site(reader, fmt, config, site, skip, overrides, calibrated)
         if strict and plan.config is None and plan.note not in _EXPECTED and not site.skip:
-            raise UsageError(f"layer {site.name!r} cannot be quantized as asked: {plan.note}", hint="Drop --strict or --skip it.")
+            raise UsageError(
+                f"layer {site.name!r} cannot be quantized as asked: {plan.note}",
+                hint="Drop --strict or --skip it.",
+            )
         if strict and plan.config is not None and plan.note:
-            raise UsageError(f"layer {site.name!r} would deviate: {plan.note}", hint="Drop --strict or --skip it.")
+            raise UsageError(
+                f"layer {site.name!r} would deviate: {plan.note}", hint="Drop --strict or --skip it."
+            )
         layers.append(plan)
     if not any(p.config is not None for p in layers):
         reason = next((p.note for p in layers), "the model has no linear layers")
-        raise UsageError(f"nothing to quantize in {reader.path}: {reason}", hint="Try another --group-size or format.")
-    warnings = [f"{len(unexpected)} tensors have no place in the model and are carried over: {unexpected[0]}"] if unexpected else []
-    adapted = [p for p in layers if (p.config is None and p.note not in _EXPECTED and not p.site.skip) or (p.config and p.note)]
+        raise UsageError(
+            f"nothing to quantize in {reader.path}: {reason}", hint="Try another --group-size or format."
+        )
+    warnings = (
+        [f"{len(unexpected)} tensors have no place in the model and are carried over: {unexpected[0]}"]
+        if unexpected
+        else []
+    )
+    adapted = [
+        p
+        for p in layers
+        if (p.config is None and p.note not in _EXPECTED and not p.site.skip) or (p.config and p.note)
+    ]
     for note in sorted({p.note for p in adapted}):
         same = [p.site.name for p in adapted if p.note == note]
         warnings.append(f"{same[0]}{f' and {len(same) - 1} more' if same[1:] else ''}: {note}")
@@ -176,7 +195,9 @@ def _check_patterns(patterns: Sequence[str], sites: Sequence[Site]) -> None:
     for pattern in patterns:
         if not any(matches(pattern, name) for name in names):
             leaves = sorted({n.rpartition(".")[2] for n in names})
-            raise UsageError(f"pattern {pattern!r} matches no linear layer", hint=did_you_mean(pattern, leaves))
+            raise UsageError(
+                f"pattern {pattern!r} matches no linear layer", hint=did_you_mean(pattern, leaves)
+            )
 
 
 def _plan_site(
@@ -208,7 +229,8 @@ def _plan_site(
         unknown = [k for k in override if k not in fmt.Config.model_fields]
         if unknown:
             raise UsageError(
-                f"format {fmt.name} has no option {unknown[0]!r}", hint=did_you_mean(unknown[0], list(fmt.Config.model_fields))
+                f"format {fmt.name} has no option {unknown[0]!r}",
+                hint=did_you_mean(unknown[0], list(fmt.Config.model_fields)),
             )
         try:
             own = merge_config(config, override)
@@ -223,7 +245,9 @@ def _plan_site(
     after = sum(spec.nbytes for spec in fmt.checkpoint_spec(site.shape, fit.config).values())
     note = fit.note
     if site.conv1d and not fmt.supports_conv1d:
-        note = "; ".join(n for n in (note, "a Conv1D layer: quantkit reads it, the format's own loaders do not") if n)
+        note = "; ".join(
+            n for n in (note, "a Conv1D layer: quantkit reads it, the format's own loaders do not") if n
+        )
     return LayerPlan(site, fit.config, note, size, after)
 
 
@@ -246,7 +270,9 @@ def _units(reader: CheckpointReader, skeleton: Skeleton, calibrated: bool) -> li
     layers: dict[int, list[str]] = {}
     order: list[tuple[str, str]] = []
     for name in reader.names():
-        target = skeleton.resolve(name) or next((t.param for t in skeleton.targets(name, reader.info(name).shape)), None)
+        target = skeleton.resolve(name) or next(
+            (t.param for t in skeleton.targets(name, reader.info(name).shape)), None
+        )
         layer = skeleton.layer_index(target) if target else None
         if calibrated and layer is not None:
             if layer not in layers:

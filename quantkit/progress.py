@@ -85,6 +85,8 @@ class RichProgress:
             for note in report.notes if report.action == "quantized" else ():
                 self._bar.console.print(f"{report.name}: {note}", style="yellow", markup=False)
             return
+        if not counts:
+            return
         now = time.monotonic()
         if now - self._printed >= self._interval or self._done == self._total:
             self._printed = now

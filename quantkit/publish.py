@@ -180,6 +180,7 @@ class CheckpointWriter:
     def _restore_units(self) -> None:
         """Take over the journalled units that are intact."""
         assert self._journal is not None
+        self._pieces.mkdir(exist_ok=True)
         # Once shards are being put together, pieces that are used up are gone, and cannot be made again
         # one by one: then anything damaged ends the resumption.
         whole = not self._publishing and not self._committed

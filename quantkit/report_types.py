@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
@@ -149,3 +150,17 @@ class PlanReport(Report):
     def kept(self) -> list[PlannedLayer]:
         """The linear layers that would stay as they are."""
         return [layer for layer in self.layers if layer.action == "kept"]
+
+
+def remarks(result: ConvertResult) -> list[str]:
+    """What the quantized layers' notes say, alike ones (but for figures) once, and nothing that a
+    warning of the result says already."""
+    groups: dict[str, list[str]] = {}
+    said = " ".join(result.warnings)
+    for layer in result.quantized:
+        for note in layer.notes:
+            if note not in said:
+                groups.setdefault(re.sub(r"\d+(\.\d+)?", "#", note), []).append(f"{layer.name}: {note}")
+    return [
+        first + (f" (and {len(rest)} more layers, alike)" if rest else "") for first, *rest in groups.values()
+    ]

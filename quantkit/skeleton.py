@@ -8,8 +8,6 @@ list of architectures, and every shape is checked here, before any work starts.
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,10 +18,10 @@ import torch
 from torch import nn
 
 from quantkit.errors import CheckpointError, ConfigError
-from quantkit.experts import canonical_expert_name, unfuse_experts
+from quantkit.experts import UnfusedExperts, canonical_expert_name, unfuse_experts
+from quantkit.meta_model import build_meta_model, checkpoint_renamings
 
 _ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate|gate_network|wg)$")
-_MAX_LAYERS = 100_000
 
 
 @dataclass(frozen=True)
@@ -67,8 +65,8 @@ class Skeleton:
     def __init__(self, path: Path, config: Mapping[str, Any], *, trust_remote_code: bool = False) -> None:
         self.path = path
         self.raw_config = dict(config)
-        self.hf_config, self.model = _build(path, dict(config), trust_remote_code)
-        self._transforms = _renamings(self.model)
+        self.hf_config, self.model = build_meta_model(path, dict(config), trust_remote_code)
+        self._transforms = checkpoint_renamings(self.model)
         self.fused_experts = unfuse_experts(self.model)  # left fused -> reason
         self.params: dict[str, torch.Tensor] = dict(self.model.named_parameters(remove_duplicate=False))
         self.buffers: dict[str, torch.Tensor] = dict(self.model.named_buffers(remove_duplicate=False))
@@ -88,7 +86,11 @@ class Skeleton:
     def resolve(self, name: str) -> str | None:
         """Path of the parameter or buffer that checkpoint tensor `name` fills, or None."""
         renamed = self.rename(name)
-        for candidate in (renamed, f"{self.base_prefix}.{renamed}", renamed.removeprefix(self.base_prefix + ".")):
+        for candidate in (
+            renamed,
+            f"{self.base_prefix}.{renamed}",
+            renamed.removeprefix(self.base_prefix + "."),
+        ):
             if candidate in self.params or candidate in self.buffers:
                 return candidate
         return None
@@ -121,7 +123,7 @@ class Skeleton:
             return []
         for experts in (match["experts"], f"{self.base_prefix}.{match['experts']}"):
             module = self.modules.get(experts)
-            if module is None or not hasattr(module, "_gate_owner"):
+            if not isinstance(module, UnfusedExperts):
                 continue
             count, inner, hidden = module.num_experts, module.intermediate, module.hidden
             fused_up = match["leaf"] == "gate_up_proj"
@@ -132,10 +134,10 @@ class Skeleton:
                     hint="The config does not belong to these weights, or the file is damaged.",
                 )
             out = []
-            for i in range(int(count)):  # type: ignore[arg-type]
+            for i in range(count):
                 if fused_up:
-                    out.append(Target(f"{experts}.{i}.gate_proj.weight", i, (0, int(inner))))  # type: ignore[arg-type]
-                    out.append(Target(f"{experts}.{i}.up_proj.weight", i, (int(inner), 2 * int(inner))))  # type: ignore[arg-type]
+                    out.append(Target(f"{experts}.{i}.gate_proj.weight", i, (0, inner)))
+                    out.append(Target(f"{experts}.{i}.up_proj.weight", i, (inner, 2 * inner)))
                 else:
                     out.append(Target(f"{experts}.{i}.down_proj.weight", i))
             return out
@@ -151,7 +153,8 @@ class Skeleton:
 
     def num_layers(self) -> int:
         """Length of the layer stack (0 when no stack was found)."""
-        return len(self.modules[self.layers_path]) if self.layers_path else 0  # type: ignore[arg-type]
+        stack: Any = self.modules[self.layers_path] if self.layers_path else ()
+        return len(stack)
 
     def sites(self, shapes: Mapping[str, tuple[int, ...]]) -> list[Site]:
         """All linear weights among the checkpoint tensors `shapes` (name -> shape), in that order."""
@@ -167,11 +170,10 @@ class Skeleton:
                 if not (isinstance(module, nn.Linear) or conv1d):
                     reason = self._odd_weight(module_path, name, shape)
                     if reason:
-                        n, k = int(shape[-2]), int(shape[-1])
-                        found.append(Site(name.removesuffix(".weight"), module_path, name, (n, k), skip=reason))
+                        odd = (int(shape[-2]), int(shape[-1]))
+                        found.append(Site(name.removesuffix(".weight"), module_path, name, odd, skip=reason))
                     continue
-                weight = module.weight
-                n, k = (int(weight.shape[1]), int(weight.shape[0])) if conv1d else map(int, weight.shape)  # type: ignore[union-attr,index]
+                n, k = linear_shape(module)
                 if target.index is None:
                     base = name.removesuffix(".weight")
                 else:
@@ -196,15 +198,19 @@ class Skeleton:
                         skip,
                     )
                 )
-        for name, shape in shapes.items():
+        for name, shape in shapes.items():  # experts that could not be taken apart
             parent = self.rename(name).rpartition(".")[0]
-            if len(shape) == 3 and (reason := self.fused_experts.get(parent)):
-                found.append(Site(name, parent, name, (int(shape[1]), int(shape[2])), skip=reason))
+            if len(shape) == 3 and (why := self.fused_experts.get(parent)):
+                found.append(Site(name, parent, name, (int(shape[1]), int(shape[2])), skip=why))
         return found
 
     def _odd_weight(self, module_path: str, name: str, shape: tuple[int, ...]) -> str:
         """Reason to list a 2-D weight that is no linear layer although it multiplies like one."""
-        if len(shape) == 2 and _ROUTER.search(module_path) and not isinstance(self.modules[module_path], nn.Embedding):
+        if (
+            len(shape) == 2
+            and _ROUTER.search(module_path)
+            and not isinstance(self.modules[module_path], nn.Embedding)
+        ):
             return "router"
         return ""
 
@@ -221,7 +227,8 @@ class Skeleton:
             if param is not None:
                 if param in filled:
                     raise CheckpointError(
-                        f"two tensors of the checkpoint fill {param!r} (one is {name!r})", hint="Remove one of them."
+                        f"two tensors of the checkpoint fill {param!r} (one is {name!r})",
+                        hint="Remove one of them.",
                     )
                 filled.add(param)
                 continue
@@ -242,15 +249,18 @@ class Skeleton:
         missing = [p for p in self.params if p not in filled and not (groups.get(p, set()) & filled)]
         if missing:
             raise CheckpointError(
-                f"tensor {missing[0]!r} is missing from the checkpoint" + (f" (and {len(missing) - 1} more)" if missing[1:] else ""),
+                f"tensor {missing[0]!r} is missing from the checkpoint"
+                + (f" (and {len(missing) - 1} more)" if missing[1:] else ""),
                 hint="config.json asks for it; download the checkpoint again or repair its index.",
             )
-        ignored = [re.compile(p) for p in (getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ())]
+        ignored = [
+            re.compile(p) for p in (getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ())
+        ]
         for name in unexpected:
             layer = self._denied_layer(name)
             if layer is not None and not any(p.search(self.rename(name)) or p.search(name) for p in ignored):
                 raise ConfigError(
-                    f"config.json promises {self.num_layers()} layers, but the checkpoint holds layer {layer} ({name!r})",
+                    f"config.json promises {self.num_layers()} layers, but there is a layer {layer} ({name!r})",
                     hint="Give the config that belongs to these weights.",
                 )
         return unexpected
@@ -266,90 +276,12 @@ class Skeleton:
         return None
 
 
-@contextlib.contextmanager
-def quiet_transformers():  # noqa: ANN201
-    """Silence transformers' chatter for as long as the block runs; errors still raise."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def _build(path: Path, config: dict[str, Any], trust_remote_code: bool) -> tuple[Any, Any]:
-    """(PretrainedConfig, model on the meta device); ConfigError naming what is wrong."""
-    import transformers
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-
-    where = path / "config.json"
-    _check_plausible(config, where)
-    with quiet_transformers():
-        try:
-            hf_config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
-        except Exception as error:
-            raise ConfigError(f"{where}: {error}", hint=_remote_hint(config, trust_remote_code)) from error
-        if getattr(hf_config, "quantization_config", None) is not None:
-            del hf_config.quantization_config
-        architectures = config.get("architectures") or []
-        arch = architectures[0] if isinstance(architectures, list) and architectures else None
-        cls = getattr(transformers, arch, None) if isinstance(arch, str) else None
-        try:
-            with torch.device("meta"):
-                if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
-                    model = cls._from_config(hf_config) if hasattr(cls, "_from_config") else cls(hf_config)
-                elif trust_remote_code and config.get("auto_map"):
-                    model = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=True)
-                elif arch is not None:
-                    raise ConfigError(
-                        f"{where}: architecture {arch!r} is unknown to transformers {transformers.__version__}",
-                        hint=_remote_hint(config, trust_remote_code),
-                    )
-                elif type(hf_config) in AutoModelForCausalLM._model_mapping:
-                    model = AutoModelForCausalLM.from_config(hf_config)
-                else:
-                    model = AutoModel.from_config(hf_config)
-        except ConfigError:
-            raise
-        except Exception as error:
-            raise ConfigError(
-                f"{where}: transformers cannot build {arch or 'the model'} from it ({type(error).__name__}: {error})",
-                hint="Correct config.json.",
-            ) from error
-    model.eval()
-    return hf_config, model
-
-
-def _check_plausible(config: dict[str, Any], where: Path) -> None:
-    """Refuse sizes that could only be a mistake or an attack, before a model is built of them."""
-    for scope in (config, *(v for v in config.values() if isinstance(v, dict))):
-        for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_local_experts", "num_experts", "n_routed_experts"):
-            value = scope.get(key)
-            if value is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _MAX_LAYERS // 10:
-                raise ConfigError(f"{where}: {key} is {value!r}", hint="Expected a whole number of at most 10000.")
-        for key in ("hidden_size", "n_embd", "vocab_size", "intermediate_size", "num_attention_heads"):
-            value = scope.get(key)
-            if isinstance(value, (int, float)) and not 0 < value < 2**31:
-                raise ConfigError(f"{where}: {key} is {value!r}", hint="Expected a positive 32-bit number.")
-
-
-def _remote_hint(config: dict[str, Any], trusted: bool) -> str:
-    if config.get("auto_map") and not trusted:
-        return "The checkpoint wants to run its own code; --trust-remote-code permits that if you trust it."
-    return "Check model_type and architectures, or install a newer transformers."
-
-
-def _renamings(model: nn.Module) -> list[Any]:
-    """transformers' own checkpoint renamings for this model (old names -> current names)."""
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter
-    except ImportError:  # an internal module: another transformers may have moved it
-        return []
-    return [t for t in get_model_conversion_mapping(model) if not isinstance(t, WeightConverter)]
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features) of an nn.Linear or a Conv1D."""
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    rows, columns = weight.shape
+    return (columns, rows) if type(module).__name__ == "Conv1D" else (rows, columns)
 
 
 def _layers_path(model: nn.Module, hf_config: Any) -> str | None:

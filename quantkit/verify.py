@@ -22,7 +22,7 @@ from quantkit.checkpoint import MANIFEST, CheckpointReader
 from quantkit.encoding import dequantize
 from quantkit.errors import CheckpointError, NumericsError
 from quantkit.hub import resolve_model
-from quantkit.load import QuantizedTensors, find_quantized, linear_shape, read_layer
+from quantkit.load import QuantizedTensors, find_quantized, read_layer
 from quantkit.peer_logits import compare_logits
 from quantkit.progress import NullProgress, Progress
 from quantkit.report_types import LayerReport, Report
@@ -34,8 +34,9 @@ from quantkit.untrusted import is_plain_name, read_json
 _SAME_ERROR = 1e-3
 #: Under AWQ the channel scales are fitted, which can only lower an error, and never by much.
 _SAME_FITTED_ERROR = 0.1
-#: An error above this is no quantization error: zeros in place of the weight have 1.
-_UNRELATED = 0.95
+#: Cosine between a weight and its quantized form below which they have nothing to do with each other.
+#: (The relative error would not do: ternary codes that serve the outputs may exceed 1.)
+_UNRELATED = 0.2
 
 
 @dataclass
@@ -263,7 +264,7 @@ def _compare_layer(layer: VerifiedLayer, dense: Tensor, source: _Source, module:
     if fitted:
         weight = fit_channels(weight, dense)
     layer.weight_error = relative_error(weight, dense)
-    if layer.weight_error > _UNRELATED:
+    if float(weight.norm()) > 0 and cosine(weight, dense) < _UNRELATED:
         layer.problem = f"error {layer.weight_error:.3f}: this is not that layer of the source"
     elif layer.recorded_error is not None:
         difference = abs(layer.weight_error - layer.recorded_error)
@@ -278,6 +279,12 @@ def relative_error(weight: Tensor, approximation: Tensor) -> float:
     """norm(W - W_hat) / norm(W); the norm of the difference for a weight of zeros."""
     norm = float(torch.linalg.vector_norm(weight))
     return float(torch.linalg.vector_norm(weight - approximation)) / (norm if norm > 0 else 1.0)
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    """Cosine of the angle between two weights; 0 when one of them is zero."""
+    norms = float(torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b))
+    return float((a * b).sum()) / norms if norms > 0 else 0.0
 
 
 def fit_channels(weight: Tensor, scaled: Tensor, rounds: int = 4) -> Tensor:

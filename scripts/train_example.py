@@ -55,12 +55,11 @@ class Recipe(NamedTuple):
     steps: int
     lr: float
     weight_decay: float
-    input_noise: float
 
 
 RECIPES = {
-    "llama": Recipe(steps=4000, lr=2e-3, weight_decay=0.5, input_noise=0.0),
-    "qwen2": Recipe(steps=4000, lr=3e-3, weight_decay=0.2, input_noise=0.0),
+    "llama": Recipe(steps=2000, lr=2e-3, weight_decay=3.0),
+    "qwen2": Recipe(steps=2600, lr=3e-3, weight_decay=3.0),
 }
 
 
@@ -114,8 +113,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=32, help="sequences of 512 tokens per step")
     parser.add_argument("--lr", type=float, help="peak learning rate")
     parser.add_argument("--weight-decay", type=float)
-    parser.add_argument("--input-noise", type=float, help="share of input tokens made random")
-    parser.add_argument("--eval-every", type=int, default=250, help="steps between validations")
+    parser.add_argument("--eval-every", type=int, default=100, help="steps between validations")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     parser.add_argument(
@@ -130,10 +128,14 @@ def parse_args() -> argparse.Namespace:
     if args.out is None and args.dump_corpus is None:
         parser.error("--out is required")
     recipe = RECIPES[args.arch]
-    for name, value in recipe._asdict().items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    args.steps = args.steps or recipe.steps
+    args.lr = recipe.lr if args.lr is None else args.lr
+    if args.weight_decay is None:
+        args.weight_decay = recipe.weight_decay
     return args
+
+
+# --- corpus and tokenizer ---------------------------------------------------------------
 
 
 def builtin_corpus() -> dict[Split, list[str]]:
@@ -200,6 +202,9 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor
     return torch.tensor([token for row in rows for token in (*row, end)], dtype=torch.long)
 
 
+# --- model and training -----------------------------------------------------------------
+
+
 def build_model(arch: str) -> torch.nn.Module:
     common: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
@@ -237,16 +242,10 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type != "cpu")
 
 
-def token_loss(model: torch.nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def token_loss(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     """Return the mean cross-entropy of predicting each next token."""
-    logits = model(input_ids=inputs, use_cache=False).logits
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-
-
-def add_noise(tokens: torch.Tensor, share: float) -> torch.Tensor:
-    """Replace a share of the tokens by random ones, which slows overfitting."""
-    chosen = torch.rand(tokens.shape, device=tokens.device) < share
-    return torch.where(chosen, torch.randint_like(tokens, VOCAB_SIZE), tokens)
+    logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
+    return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
 
 
 def batches(ids: torch.Tensor, batch: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
@@ -285,10 +284,8 @@ def train(
         rate = args.lr * learning_rate_factor(progress)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        tokens = next(source)
-        inputs = add_noise(tokens[:, :-1], args.input_noise)
         with autocast(device):
-            loss = step_loss(model, inputs, tokens[:, 1:])
+            loss = step_loss(model, next(source))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -332,7 +329,7 @@ def mean_loss(model: torch.nn.Module, ids: torch.Tensor, device: torch.device) -
     total = 0.0
     for chunk in windows.split(32):
         with autocast(device):
-            total += float(token_loss(model, chunk[:, :-1], chunk[:, 1:])) * len(chunk)
+            total += float(token_loss(model, chunk)) * len(chunk)
     return total / len(windows)
 
 
@@ -340,6 +337,9 @@ def unigram_perplexity(train_ids: torch.Tensor, eval_ids: torch.Tensor) -> float
     """Return the perplexity of add-one smoothed token frequencies."""
     counts = torch.bincount(train_ids, minlength=VOCAB_SIZE).double() + 1
     return math.exp(-float((counts / counts.sum()).log()[eval_ids].mean()))
+
+
+# --- output -----------------------------------------------------------------------------
 
 
 def save(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -365,13 +365,11 @@ def model_card(args: argparse.Namespace, report: dict[str, Any]) -> str:
         "steps": f"{report['steps']} of {args.batch} x {SEQ_LEN} tokens: {seen:,} tokens, "
         f"{seen / size:.1f} epochs; the weights are those of step {report['best_step']}",
         "optimizer": f"AdamW, peak learning rate {args.lr:g} with a cosine schedule, "
-        f"weight decay {args.weight_decay:g}, {args.input_noise:.0%} of the input tokens "
-        f"replaced at random, seed {args.seed}",
+        f"weight decay {args.weight_decay:g}, seed {args.seed}",
         "precision": "bf16 autocast (on an accelerator) over fp32 weights, saved as bf16",
         "loss per token, train split": f"{report['train_loss']:.4f} (its first tokens)",
         "loss per token, calibration split": f"{report['calibration_loss']:.4f} (chose the step)",
-        "loss per token, eval split": f"{loss:.4f} ({report['eval_tokens']:,} tokens, "
-        f"windows of {SEQ_LEN})",
+        "loss per token, eval split": f"{loss:.4f} ({report['eval_tokens']:,} tokens, windows of {SEQ_LEN})",
         "**perplexity, eval split**": f"**{math.exp(loss):.2f}** ({bits:.3f} bits per character)",
         "perplexity of unigrams, eval split": f"{report['unigram_perplexity']:.1f}",
         "training": f"{report['seconds']:.0f} s on {report['hardware']}, torch {report['torch']}",

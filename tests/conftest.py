@@ -26,7 +26,15 @@ SMALL = {
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 30000.0}}  # on purpose not 10000
 BERT = {k: v for k, v in SMALL.items() if k not in ("num_key_value_heads", "bos_token_id", "eos_token_id")}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 16}
-GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "vocab_size": 256, "bos_token_id": 1, "eos_token_id": 2}
+GPT2 = {
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 128,
+    "vocab_size": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 #: family -> (config class, arguments, model class or None for AutoModelForCausalLM)
 FAMILIES: dict[str, tuple[str, dict[str, Any], str | None]] = {

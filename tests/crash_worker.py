@@ -2,7 +2,9 @@
 
 torch takes seconds to import, so one process imports it and forks a child for every run.
 
-usage: crash_worker.py DIRECTORY timed|steps COUNT SEED    prints one JSON object
+usage: crash_worker.py DIRECTORY timed KILLS SEED     until so many runs were killed at a random moment
+       crash_worker.py DIRECTORY steps STRIDE SEED    killed before the 1st, 1+STRIDE-th ... change
+It prints one JSON object.
 """
 
 from __future__ import annotations
@@ -178,7 +180,9 @@ def main() -> None:
     chance = random.Random(seed)
     start = time.perf_counter()
     assert wait(in_child(lambda: convert(folder / "reference" / "model", overwrite=False, resume=False))) == 0
-    duration = time.perf_counter() - start
+    again = time.perf_counter()  # the first run also warms up
+    assert wait(in_child(lambda: convert(folder / "again" / "model", overwrite=False, resume=False))) == 0
+    duration = time.perf_counter() - again
     new = digest(folder / "reference" / "model")
 
     def timed(work) -> int:
@@ -199,7 +203,9 @@ def main() -> None:
 
     results = []
     if mode == "timed":
-        for i in range(count):
+        for i in range(3 * count):
+            if sum(bool(r["killed"]) for r in results) >= count:
+                break
             # overwrite or not, resume or not, killed once or twice
             again = timed if i % 4 == 0 else None
             results.append(
@@ -208,12 +214,14 @@ def main() -> None:
     else:
         step, killed = 1, True
         while killed and len(results) < 2000:
-            overwrite = (step // count) % 2 == 0
-            resume = step % 5 != 0
-            again = stepped(chance.randint(1, 150)) if chance.random() < 0.3 else None
-            results.append(
-                trial(folder / "t", new, overwrite=overwrite, resume=resume, kill=stepped(step), again=again)
-            )
+            both = (False, True) if count == 1 else ((step // count) % 2 == 0,)
+            for overwrite in both:
+                resume = overwrite or step % 5 != 0
+                again = stepped(chance.randint(1, 150)) if chance.random() < 0.3 else None
+                killer = stepped(step)
+                results.append(
+                    trial(folder / "t", new, overwrite=overwrite, resume=resume, kill=killer, again=again)
+                )
             killed = bool(results[-1]["killed"])
             step += count
     summary = {

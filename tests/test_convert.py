@@ -7,13 +7,13 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
+from tests_support import FAMILIES, kl, logits
 
 import quantkit
 from quantkit.checkpoint import CheckpointReader
 from quantkit.errors import NumericsError, QuantkitError, UsageError
 from quantkit.load import find_quantized
 from quantkit.report_types import ConvertResult, PlanReport
-from tests_support import CAUSAL, FAMILIES, kl, logits
 
 #: Options that keep tiny layers (64 and 96 inputs) legal, and the largest mean KL that passes: four bits
 #: on random weights give about 1e-2; a layer wired wrongly gives more than 1.
@@ -29,7 +29,16 @@ FORMATS = {
 
 def run(source, out, fmt, ids, **kwargs) -> ConvertResult:
     options = {**FORMATS[fmt][0], **kwargs.pop("options", {})}
-    result = quantkit.convert(source, out, format=fmt, options=options, calibration=ids, samples=len(ids), seqlen=ids.shape[1], **kwargs)
+    result = quantkit.convert(
+        source,
+        out,
+        format=fmt,
+        options=options,
+        calibration=ids,
+        samples=len(ids),
+        seqlen=ids.shape[1],
+        **kwargs,
+    )
     assert isinstance(result, ConvertResult)
     return result
 
@@ -84,8 +93,13 @@ def test_fused_expert_tensors_on_disk(tiny, tmp_path, ids, fmt):
     tensors = load_file(source / "model.safetensors")
     for layer in range(2):
         base = f"model.layers.{layer}.mlp.experts"
-        part = {leaf: [tensors.pop(f"{base}.{i}.{leaf}.weight") for i in range(4)] for leaf in ("gate_proj", "up_proj", "down_proj")}
-        tensors[f"{base}.gate_up_proj"] = torch.stack([torch.cat(p) for p in zip(part["gate_proj"], part["up_proj"])])
+        part = {
+            leaf: [tensors.pop(f"{base}.{i}.{leaf}.weight") for i in range(4)]
+            for leaf in ("gate_proj", "up_proj", "down_proj")
+        }
+        tensors[f"{base}.gate_up_proj"] = torch.stack(
+            [torch.cat(p) for p in zip(part["gate_proj"], part["up_proj"])]
+        )
         tensors[f"{base}.down_proj"] = torch.stack(part["down_proj"])
     save_file(tensors, fused / "model.safetensors", metadata={"format": "pt"})
     (fused / "config.json").write_bytes((source / "config.json").read_bytes())

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from quantkit.experts import unfuse_experts
 from quantkit.topology import FAMILIES, ScaleGroup, apply_scale, discover_groups, scale_groups
 
 transformers = pytest.importorskip("transformers")
@@ -35,47 +36,15 @@ EXTRA = {
 }
 
 
-class Expert(nn.Module):
-    def __init__(self, gate_up: Tensor, down: Tensor, act: nn.Module) -> None:
-        super().__init__()
-        half = gate_up.shape[0] // 2
-        for name, weight in (("gate_proj", gate_up[:half]), ("up_proj", gate_up[half:]), ("down_proj", down)):
-            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-            linear.weight.data.copy_(weight)
-            setattr(self, name, linear)
-        self.act_fn = act
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-
-
-class Experts(nn.ModuleList):
-    """A stand-in for quantkit.experts: every expert is a module with three linears."""
-
-    def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        out = torch.zeros_like(hidden)
-        for i, expert in enumerate(self):
-            token, slot = torch.where(index == i)
-            out.index_add_(0, token, expert(hidden[token]) * weights[token, slot, None])
-        return out
-
-
-def unfuse(model: nn.Module) -> None:
-    for module in list(model.modules()):
-        fused = getattr(module, "experts", None)
-        if fused is not None and hasattr(fused, "gate_up_proj"):
-            pairs = zip(fused.gate_up_proj, fused.down_proj, strict=True)
-            module.experts = Experts([Expert(gu, d, fused.act_fn) for gu, d in pairs])
-
-
 def tiny_model(model_type: str) -> nn.Module:
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(model_type, **{**TINY, **EXTRA.get(model_type, {})})
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    assert unfuse_experts(model) == {}  # leaves the experts' weights unset
     with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * (0.3 if p.dim() == 1 else 0.15))
-    unfuse(model)
+        for name, p in model.named_parameters():
+            noise = torch.randn_like(p) * (0.3 if p.dim() == 1 else 0.15)
+            p.copy_(noise if ".experts." in name else p + noise)
     return model
 
 

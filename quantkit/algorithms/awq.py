@@ -24,9 +24,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from quantkit.algorithms.gptq import GPTQOptions, gptq_quantize, inverse_factor
+from quantkit.algorithms.gptq import GPTQOptions, gptq_quantize
 from quantkit.algorithms.grid import AffineGrid, check_range, encode, minmax, store_scale
-from quantkit.algorithms.ordering import column_order, inverse_order
+from quantkit.algorithms.ordering import column_order
 from quantkit.topology import ScaleGroup, apply_scale
 
 #: The clip search adds this share of the mean diagonal to H, so that channels that calibration never
@@ -119,13 +119,17 @@ def smooth_layer(
             report.notes.append("no calibration tokens reached its consumers: not rescaled")
             continue
         linears = []
+        known: dict[tuple[int, int], Tensor] = {}  # consumers share the Hessian: factor it once
         for path in targets:
             stats = stats_by_path[path]
             if stats.tokens == 0 or stats.hessian is None:
                 continue
             weight = layer.get_submodule(path).weight
             assert isinstance(weight, Tensor)
-            linears.append(_prepare(weight, stats.hessian, quantizable[path], config))
+            linears.append(_prepare(weight, stats.hessian, quantizable[path], config, known))
+        if not linears:
+            report.notes.append("no statistics of its consumers: not rescaled")
+            continue
         scale = _search(group, linears, activation, config.scale_steps, reduce, report)
         if scale is None:
             continue
@@ -144,8 +148,12 @@ def rescale_stats(stats: Any, columns: Tensor) -> Any:
     if hessian is not None:
         d = inverse.to(hessian.device)
         hessian = hessian * d[:, None] * d[None, :]
-    abs_sum = None if stats.abs_sum is None else stats.abs_sum * inverse.to(stats.abs_sum.device)
-    return dataclasses.replace(stats, hessian=hessian, abs_sum=abs_sum)
+    scaled = {"hessian": hessian}
+    for name in ("abs_sum", "abs_max"):
+        value = getattr(stats, name, None)
+        if value is not None:
+            scaled[name] = value * inverse.to(value.device)
+    return dataclasses.replace(stats, **scaled)
 
 
 def _pool_unseen(group: ScaleGroup, targets: list[str], stats: MutableMapping[str, Any]) -> list[str]:
@@ -185,31 +193,47 @@ def _mean_activation(
     return group.pool(mean) if bool(torch.isfinite(mean).all()) and bool((mean > 0).any()) else None
 
 
-def _prepare(weight: Tensor, hessian: Tensor, own: Any, config: SmoothOptions) -> _Linear:
+def _prepare(
+    weight: Tensor,
+    hessian: Tensor,
+    own: Any,
+    config: SmoothOptions,
+    known: dict[tuple[int, int], Tensor] | None = None,
+) -> _Linear:
     k = weight.shape[1]
     group_size = k if own.group_size == -1 else own.group_size
     grid = AffineGrid(own.bits, symmetric=not own.zero_point, search="minmax", signed_scale=False)
-    hessian = hessian.to(weight.device, torch.float32)
-    weigh = unrepairable(hessian, group_size) if config.feedback else hessian
-    return _Linear(weight, weigh, group_size, grid)
+    if not config.feedback:
+        return _Linear(weight, hessian.to(weight.device, torch.float32), group_size, grid)
+    known = {} if known is None else known
+    key = (id(hessian), group_size)
+    if key not in known:
+        known[key] = unrepairable(hessian.to(weight.device, torch.float32), group_size)
+    return _Linear(weight, known[key], group_size, grid)
 
 
 def unrepairable(hessian: Tensor, group_size: int, damp: float = 0.05) -> Tensor:
     """`[K]`: what an error in column j costs after GPTQ has repaired what later columns can.
 
-    That is `1 / U[j, j]^2` with `H^-1 = U^T U` in GPTQ's order of columns; the plain diagonal of H
-    where H cannot be factored. A loss with this diagonal predicts GPTQ's error at a cost of N K
-    instead of N K^2 for each candidate.
+    That is `1 / U[j, j]^2` with `H^-1 = U^T U` in GPTQ's order of columns, which is the squared
+    diagonal of H's own upper Cholesky factor `H = M M^T`; the plain diagonal of H where it cannot be
+    factored. A loss with this diagonal predicts GPTQ's error at a cost of N K instead of N K^2 for
+    each candidate.
     """
-    diagonal = hessian.diagonal()
+    diagonal = hessian.diagonal().clamp(min=0)
     mean = float(diagonal.mean())
     if not mean > 0:
-        return diagonal.clamp(min=0)
-    order = column_order(diagonal, group_size, "groups")
-    factor, _ = inverse_factor((hessian / mean)[order][:, order], damp)
-    if factor is None:
-        return diagonal.clamp(min=0)
-    return (factor.diagonal().square().reciprocal() * mean)[inverse_order(order)]
+        return diagonal
+    order = column_order(diagonal, group_size, "groups").flip(0)
+    double = hessian.device.type == "cpu"
+    flipped = (hessian.double() if double else hessian)[order][:, order] / mean
+    flipped.diagonal().add_(damp)
+    lower, info = torch.linalg.cholesky_ex(flipped)
+    if int(info):
+        return diagonal
+    left = torch.empty_like(diagonal)
+    left[order] = (lower.diagonal().square() * mean).to(left.dtype)
+    return left
 
 
 def scaled_loss(linear: _Linear, columns: Tensor) -> Tensor:

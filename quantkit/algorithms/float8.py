@@ -17,7 +17,7 @@ change an absmax).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from quantkit.encoding import E4M3_MAX
 
 #: Below this absmax, 448 / absmax would overflow float32; such tiles use the scale of this absmax.
 SMALLEST_ABSMAX = 2.0**-116
+_CHUNK = 1 << 24  # weights handled at a time
 
 
 def tile_grid(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
@@ -33,27 +34,39 @@ def tile_grid(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]
     return math.ceil(shape[0] / block[0]), math.ceil(shape[1] / block[1])
 
 
+def _row_chunks(weight: Tensor) -> Iterator[slice]:
+    """Row ranges of about 2**24 weights, so that temporaries stay small for any tile size."""
+    step = max(1, _CHUNK // max(1, weight.shape[1]))
+    for start in range(0, weight.shape[0], step):
+        yield slice(start, min(start + step, weight.shape[0]))
+
+
+def _per_weight(per_tile: Tensor, rows: slice, block: tuple[int, int], columns: int) -> Tensor:
+    """`[len(rows), columns]`: the value of each weight's tile."""
+    index = torch.arange(rows.start, rows.stop, device=per_tile.device) // block[0]
+    picked = per_tile[index]
+    return picked if block[1] == 1 else picked.repeat_interleave(block[1], dim=1)[:, :columns]
+
+
+def _column_tiles(rows: Tensor, width: int) -> Tensor:
+    """`[rows, K]` -> `[rows, ceil(K / width), width]`, zero padded."""
+    return torch.nn.functional.pad(rows, (0, -rows.shape[1] % width)).unflatten(1, (-1, width))
+
+
 def tile_absmax(weight: Tensor, block: tuple[int, int]) -> Tensor:
     """`[ceil(N/bn), ceil(K/bk)]`, in the weight's dtype: the largest magnitude of each tile."""
-    rows, cols = tile_grid((weight.shape[0], weight.shape[1]), block)
-    bands = []
-    for i in range(rows):  # one band of tiles at a time: no padded copy of the whole weight
-        band = weight[i * block[0] : (i + 1) * block[0]].abs().amax(dim=0)
-        band = torch.nn.functional.pad(band, (0, cols * block[1] - band.numel()))
-        bands.append(band.view(cols, block[1]).amax(dim=1))
-    return torch.stack(bands)
+    per_row = torch.cat([_column_tiles(weight[rows].abs(), block[1]).amax(2) for rows in _row_chunks(weight)])
+    padded = torch.nn.functional.pad(per_row, (0, 0, 0, -per_row.shape[0] % block[0]))
+    return padded.unflatten(0, (-1, block[0])).amax(1)
 
 
 def over_tiles(
     weight: Tensor, scale: Tensor, block: tuple[int, int], op: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """e4m3 bytes (uint8 `[N, K]`) of `op(weight, scale)`, clamped, applied band by band."""
-    n, k = weight.shape
-    codes = torch.empty(n, k, dtype=torch.uint8, device=weight.device)
-    for i in range(scale.shape[0]):
-        rows = slice(i * block[0], min(n, (i + 1) * block[0]))
-        per_column = scale[i].repeat_interleave(block[1])[:k]
-        codes[rows] = to_e4m3(op(weight[rows], per_column))
+    """e4m3 bytes (uint8 `[N, K]`) of `op(weight, its tile's scale)`, clamped."""
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    for rows in _row_chunks(weight):
+        codes[rows] = to_e4m3(op(weight[rows], _per_weight(scale, rows, block, weight.shape[1])))
     return codes
 
 
@@ -106,27 +119,29 @@ def search_scale(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Tenso
     Tries `scale * 2**(i/16)` over one octave upwards (where the grid's spacing repeats) and a quarter
     octave downwards (clipping the largest weights).
     """
-    dtype = scale.dtype
-    best = scale.clone()
-    limit = torch.finfo(dtype).max / E4M3_MAX
-    for i in range(scale.shape[0]):
-        band = weight[i * block[0] : (i + 1) * block[0]].float()
-        # Relative to the tile's own scale, so that no error over- or underflows.
-        own = best[i].float().repeat_interleave(block[1])[: band.shape[1]]
-        unit = band / own
-        lowest = _tile_errors(unit, torch.ones_like(own), block[1], scale.shape[1])
-        for step in (*range(-4, 0), *range(1, 16)):
-            trial = (scale[i].float() * 2.0 ** (step / 16)).to(dtype)
-            usable = (trial > torch.finfo(dtype).tiny) & (trial.float() < limit)
-            ratio = (trial.float() / scale[i].float()).repeat_interleave(block[1])[: band.shape[1]]
-            error = _tile_errors(unit, ratio, block[1], scale.shape[1])
-            better = (error < lowest) & usable
-            best[i] = torch.where(better, trial, best[i])
-            lowest = torch.where(better, error, lowest)
+    own = scale.float()
+    limit = torch.finfo(scale.dtype).max / E4M3_MAX
+    best, lowest = scale.clone(), _tile_errors(weight, own, torch.ones_like(own), block)
+    for step in (*range(-4, 0), *range(1, 16)):
+        trial = (own * 2.0 ** (step / 16)).to(scale.dtype)
+        usable = (trial > torch.finfo(scale.dtype).tiny) & (trial.float() < limit)
+        # An unusable trial (subnormal, infinite) is measured as the present scale: no better.
+        ratio = torch.where(usable, trial.float() / own, torch.ones_like(own))
+        error = _tile_errors(weight, own, ratio, block)
+        better = (error < lowest) & usable
+        best = torch.where(better, trial, best)
+        lowest = torch.where(better, error, lowest)
     return best
 
 
-def _tile_errors(unit: Tensor, ratio: Tensor, width: int, tiles: int) -> Tensor:
-    rounded = to_e4m3(unit / ratio).view(torch.float8_e4m3fn).float() * ratio
-    error = (rounded - unit).square().sum(dim=0)
-    return torch.nn.functional.pad(error, (0, tiles * width - error.numel())).view(tiles, width).sum(dim=1)
+def _tile_errors(weight: Tensor, scale: Tensor, ratio: Tensor, block: tuple[int, int]) -> Tensor:
+    """Squared errors `[tiles]` at `scale * ratio`, in units of `scale`: nothing over- or underflows."""
+    total = torch.zeros_like(scale)
+    for rows in _row_chunks(weight):
+        unit = weight[rows].float() / _per_weight(scale, rows, block, weight.shape[1])
+        factor = _per_weight(ratio, rows, block, weight.shape[1])
+        rounded = to_e4m3(unit / factor).view(torch.float8_e4m3fn).float() * factor
+        error = _column_tiles((rounded - unit).square(), block[1]).sum(2)
+        index = torch.arange(rows.start, rows.stop, device=weight.device) // block[0]
+        total.index_add_(0, index, error)
+    return total

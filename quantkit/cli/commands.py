@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -73,8 +74,6 @@ def verify_command(
 
     quantkit verify ./out --against ./model --loader transformers
     """
-    import contextlib
-
     from quantkit.progress import RichProgress
     from quantkit.verify import verify
 
@@ -157,6 +156,7 @@ def eval_command(
         str | None, typer.Option(help="Perplexity as another project measures it: gptq, hqq, llama.cpp.")
     ] = None,
     device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -166,9 +166,27 @@ def eval_command(
 
     quantkit eval ./out-awq ./out-gptq --reference ./model
     """
-    from quantkit.cli.evaluate import run_evaluation
+    import quantkit
+    from quantkit.progress import RichProgress
 
-    run_evaluation(checkpoints, reference, data, tokens, protocol, device, as_json)
+    asked = {"tokens": tokens, "protocol": protocol}
+    with contextlib.redirect_stdout(sys.stderr):
+        result = quantkit.evaluate(
+            checkpoints,
+            reference,
+            data=data,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            progress=RichProgress(sys.stderr),
+            **{key: value for key, value in asked.items() if value is not None},
+        )
+    if as_json:
+        _print_json(result.to_json())
+        return
+    from quantkit.cli.render import console
+    from quantkit.eval.table import print_table
+
+    print_table(result, console())
 
 
 @guarded()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from quantkit.progress import duration, size
-from quantkit.report_types import ConvertResult, PlanReport
+from quantkit.report_types import ConvertResult, PlannedLayer, PlanReport, remarks
 
 if TYPE_CHECKING:
     from quantkit.formats.base import Format
@@ -85,21 +86,14 @@ def print_result(result: ConvertResult) -> None:
 
 
 def _reasons(result: ConvertResult) -> str:
-    reasons = sorted({layer.notes[0] for layer in result.kept if layer.notes})
+    """Why layers were kept, unless a warning says it already."""
+    said = " ".join(result.warnings)
+    reasons = sorted({layer.notes[0] for layer in result.kept if layer.notes and layer.notes[0] not in said})
     return f" ({'; '.join(reasons[:3])})" if reasons else ""
 
 
 def _layer_notes(result: ConvertResult, limit: int = 5) -> list[str]:
-    groups: dict[str, list[str]] = {}
-    for layer in result.quantized:
-        for note in layer.notes:
-            groups.setdefault(note, []).append(layer.name)
-    said = " ".join(result.warnings)
-    lines = [
-        f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {note}"
-        for note, names in groups.items()
-        if note not in said
-    ]
+    lines = remarks(result)
     if len(lines) > limit:
         lines = [*lines[:limit], f"{len(lines) - limit} more remarks, see --json"]
     return lines
@@ -113,16 +107,18 @@ def _short(options: dict[str, Any]) -> str:
 def print_plan(plan: PlanReport) -> None:
     """What a conversion would do."""
     out = console()
-    rows = table("layer", "shape", "", "before", "after", "options or reason", right=(3, 4))
-    for layer in plan.layers:
+    rows = table("layers", "", "shape", "", "before", "after", "options or reason", right=(1, 4, 5))
+    for name, group in _alike(plan.layers):
+        layer = group[0]
         quantize = layer.action == "quantized"
         why = "; ".join(part for part in (_short(layer.options), layer.reason) if part)
         rows.add_row(
-            escape(layer.name),
+            escape(name),
+            f"{len(group)} x" if group[1:] else "",
             "x".join(map(str, layer.shape)),
             "quantize" if quantize else "keep",
-            size(layer.size_before),
-            size(layer.size_after),
+            size(sum(one.size_before for one in group)),
+            size(sum(one.size_after for one in group)),
             escape(why),
             style=None if quantize else "dim",
         )
@@ -136,7 +132,7 @@ def print_plan(plan: PlanReport) -> None:
         ("size after", size(plan.size_after) + ratio),
         ("bits per weight", f"{plan.bits_per_weight:.3f} in quantized layers"),
         ("", f"{plan.bits_per_weight_model:.3f} over the whole model"),
-        ("peak memory", f"about {size(plan.peak_rss)}"),
+        ("peak memory", f"about {size(plan.peak_rss)} over that of the interpreter"),
     ]
     if plan.peak_device_memory is not None:
         facts.append(("peak device memory", f"about {size(plan.peak_device_memory)}"))
@@ -146,6 +142,16 @@ def print_plan(plan: PlanReport) -> None:
     out.print(_facts(facts))
     _warnings(out, plan.warnings)
     out.print("dry run: nothing was written")
+
+
+def _alike(layers: Sequence[PlannedLayer]) -> list[tuple[str, list[PlannedLayer]]]:
+    """Layers that differ in their number only, together: ("model.layers.*.mlp.up_proj", [...])."""
+    groups: dict[tuple[Any, ...], list[PlannedLayer]] = {}
+    for layer in layers:
+        general = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", layer.name)
+        key = (general, layer.shape, layer.action, layer.reason, sorted(layer.options.items(), key=str))
+        groups.setdefault((*key[:4], repr(key[4])), []).append(layer)
+    return [(key[0] if group[1:] else group[0].name, group) for key, group in groups.items()]
 
 
 # -- inspect, verify ------------------------------------------------------------------------------
@@ -173,7 +179,7 @@ def print_inspection(report: InspectReport, *, layers: bool = False) -> None:
     facts.append(("tokenizer", ", ".join(report.tokenizer) or "none"))
     facts.append(("chat template", "yes" if report.chat_template else "no"))
     for key, value in report.provenance.items():
-        if value not in (None, {}, []):
+        if key not in ("quantkit", "format", "options") and value not in (None, {}, []):
             facts.append((key.replace("_", " "), _plain(value)))
     out.print(_facts(facts))
     rows = table("dtype", "tensors", "size", "share", right=(1, 2, 3))

@@ -43,12 +43,12 @@ _GROUPS = (32, 64, 128, -1)
 class AWQConfig(FormatConfig):
     """Options of `quantkit convert --format awq`."""
 
-    bits: Literal[4] = Field(4, description="bits per weight; this layout has 4 only")
-    group_size: int = Field(128, description="inputs that share a scale: 32, 64, 128, or -1 for a whole row")
-    zero_point: bool = Field(True, description="asymmetric codes; without, every stored zero is 8")
-    scale_steps: int = Field(20, ge=1, le=200, description="steps of the search for channel scales")
-    feedback: bool = Field(True, description="choose codes by GPTQ on the scaled weights instead of rounding")
-    sweeps: int = Field(0, ge=0, le=50, description="with feedback: passes over all codes afterwards")
+    bits: Literal[4] = Field(default=4, description="bits per weight; this layout has 4 only")
+    group_size: int = Field(default=128, description="inputs that share a scale: 32, 64, 128, or -1 for a whole row")
+    zero_point: bool = Field(default=True, description="asymmetric codes; without, every stored zero is 8")
+    scale_steps: int = Field(default=20, ge=1, le=200, description="steps of the search for channel scales")
+    feedback: bool = Field(default=True, description="choose codes by GPTQ on the scaled weights instead of rounding")
+    sweeps: int = Field(default=2, ge=0, le=50, description="with feedback: scale re-fits and passes over all codes")
 
 
 class AWQ(Format):
@@ -108,7 +108,7 @@ class AWQ(Format):
 
     def to_checkpoint(self, packed: PackedWeight, config: AWQConfig) -> dict[str, Tensor]:
         """`qweight`, `qzeros`, `scales` on the CPU."""
-        n, k = packed.shape
+        k = packed.shape[1]
         enc = packed.encoding
         if not isinstance(enc, Affine) or enc.bits != 4 or enc.group_size != _group(config, k):
             raise ValueError(f"AWQ stores 4-bit codes in groups of {_group(config, k)}, not {enc}")
@@ -136,7 +136,7 @@ class AWQ(Format):
             if tuple(found.shape) != spec[name].shape:
                 raise CheckpointError(
                     f"{name} has shape {tuple(found.shape)}, expected {spec[name].shape}",
-                    hint=f"The model wants a {n} x {k} weight; quantization_config says group_size {config.group_size}.",
+                    hint=f"The model wants a {n} x {k} weight; the config says group_size {config.group_size}.",
                 )
         for name in ("qweight", "qzeros"):
             if tensors[name].dtype != torch.int32:
@@ -172,13 +172,13 @@ class AWQ(Format):
                 hint="quantkit reads AWQ's gemm layout only (not gemv, gemv_fast, marlin, exllama or llm-awq).",
             )
         if mapping.get("backend") == "llm-awq":
-            raise ConfigError("quantization_config.backend 'llm-awq' is not supported", hint="Its packing differs from gemm.")
+            raise ConfigError("quantization_config.backend 'llm-awq' is not supported", hint="Its packing differs.")
         bits = _integer(mapping, ("bits", "w_bit"), 4)
         if bits != 4:
             raise ConfigError(f"quantization_config.bits {bits} is not supported", hint="AWQ's gemm layout has 4 bits.")
         group = _integer(mapping, ("group_size", "q_group_size"), 128)
         if group != -1 and group < 1:
-            raise ConfigError(f"quantization_config.group_size {group} is not valid", hint="Expected -1 or a positive number.")
+            raise ConfigError(f"quantization_config.group_size {group} is not valid", hint="-1 or a positive number.")
         zero_point = mapping.get("zero_point", True)
         if not isinstance(zero_point, bool):
             raise ConfigError(f"quantization_config.zero_point {zero_point!r} is not a boolean")

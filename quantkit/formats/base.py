@@ -130,7 +130,9 @@ class Layout:
         """Parse `quantization_config`; ConfigError (naming the key) when it is not acceptable."""
         raise NotImplementedError
 
-    def from_checkpoint(self, tensors: Mapping[str, Tensor], config: Any, shape: tuple[int, int]) -> PackedWeight:
+    def from_checkpoint(
+        self, tensors: Mapping[str, Tensor], config: Any, shape: tuple[int, int]
+    ) -> PackedWeight:
         """PackedWeight of one layer from its tensors (keys are suffixes after the module's name).
 
         `shape` is the dense weight's (out_features, in_features) as the model wants it; everything

@@ -132,7 +132,7 @@ class GPTQ(Format):
             config.bits,
             symmetric=config.sym,
             search=config.search,
-            signed_scale=config.signed_scale,
+            signed_scale=config.signed_scale and config.bits < 8,  # nothing to gain at 8 bits
             least_zero=1 if config.version == 1 else 0,
         )
         ordering: Ordering = "groups" if config.group_aware else "natural"

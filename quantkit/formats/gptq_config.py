@@ -3,11 +3,14 @@
 Per-layer exceptions live under `dynamic`, keyed by a regular expression that loaders match at the
 START of the module's name: `"+:<regex>": {"bits": 8}` changes options, `"-:<regex>": {}` leaves the
 module unquantized; the first match wins. vLLM fuses q/k/v and gate/up into one module and looks the
-rules up under the FUSED name, so a rule shared by all parts is repeated for it.
+rules up under the FUSED name, so a rule shared by all parts is repeated for it. transformers (optimum)
+does not read `dynamic`; for modules left unquantized it reads `modules_in_block_to_quantize`, name
+endings of the modules that ARE quantized, which is therefore written too when there are any.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -22,7 +25,9 @@ _DYNAMIC_KEYS = ("bits", "group_size", "sym", "desc_act")
 _FUSED = {("q_proj", "k_proj", "v_proj"): "qkv_proj", ("gate_proj", "up_proj"): "gate_up_proj"}
 _FORMATS = ("gptq", "gptq_v2")
 _MAX_PATTERN = 4096
+_MAX_PATTERN_COST = 9.0  # powers of ten, an upper bound far above what usual patterns cost
 _MAX_RULES = 100_000
+_NUMBER = re.compile(r"\d+")
 
 
 def to_hf_config(layers: QuantizedLayers) -> dict[str, Any]:
@@ -36,7 +41,7 @@ def to_hf_config(layers: QuantizedLayers) -> dict[str, Any]:
         "group_size": config.group_size,
         "desc_act": config.desc_act,
         "sym": config.sym,
-        "lm_head": any(name.rpartition(".")[2] == "lm_head" for name in layers.quantized),
+        "lm_head": any(_is_lm_head(name) for name in layers.quantized),
         "format": layout,
         "checkpoint_format": layout,
         "pack_dtype": "int32",
@@ -52,34 +57,69 @@ def to_hf_config(layers: QuantizedLayers) -> dict[str, Any]:
     rules = dynamic_rules(layers)
     if rules:
         result["dynamic"] = rules
+    if any(not _is_lm_head(name) for name in layers.skipped):
+        result["modules_in_block_to_quantize"] = [quantized_endings(layers)]
     return result
 
 
+def quantized_endings(layers: QuantizedLayers) -> list[str]:
+    """Name endings shared by the quantized modules and by no skipped one, else the full names."""
+    endings = {name: re.split(r"[.]\d+[.]", name)[-1] for name in layers.quantized}
+    chosen = list(dict.fromkeys(endings.values()))
+    if any(skipped.endswith(ending) for skipped in layers.skipped for ending in chosen):
+        return list(layers.quantized)
+    return chosen
+
+
 def dynamic_rules(layers: QuantizedLayers) -> dict[str, dict[str, Any]]:
-    """`dynamic`: one rule for each layer that differs from the default or is left unquantized."""
-    rules: dict[str, dict[str, Any] | None] = {}  # module name -> override, None: not quantized
+    """`dynamic`: rules for the layers that differ from the default or are left unquantized.
+
+    Modules whose names differ in numbers only and that all have the same rule share one pattern, so
+    that a model with thousands of experts does not get thousands of rules.
+    """
+    rules: dict[str, dict[str, Any] | None] = {}  # module -> what differs; None: not quantized
     for name, config in layers.quantized.items():
-        changed = {
+        rules[name] = {
             key: getattr(config, key)
             for key in _DYNAMIC_KEYS
             if getattr(config, key) != getattr(layers.config, key)
         }
-        if changed:
-            rules[name] = changed
     for name in layers.skipped:
-        if name.rpartition(".")[2] != "lm_head":  # governed by "lm_head"
+        if not _is_lm_head(name):  # which has its own key
             rules[name] = None
-    for name, rule in list(rules.items()):
+    for name in list(rules):
         parent, _, leaf = name.rpartition(".")
         for parts, fused in _FUSED.items():
-            if leaf == parts[0] and all(
-                f"{parent}.{part}" in rules and rules[f"{parent}.{part}"] == rule for part in parts
-            ):
-                rules.setdefault(f"{parent}.{fused}", rule)
-    return {
-        f"{'-' if rule is None else '+'}:^{re.escape(name)}$": {} if rule is None else dict(rule)
-        for name, rule in rules.items()
-    }
+            members = [f"{parent}.{part}" for part in parts]
+            if leaf == parts[0] and all(member in rules for member in members):
+                alike = all(rules[member] == rules[name] for member in members)
+                rules.setdefault(f"{parent}.{fused}", rules[name] if alike else {})
+    families: dict[str, list[str]] = {}
+    for name in rules:
+        families.setdefault(_NUMBER.sub("#", name), []).append(name)
+    result: dict[str, dict[str, Any]] = {}
+    for names in families.values():
+        first = rules[names[0]]
+        if len(names) > 1 and all(rules[name] == first for name in names):
+            patterns = {
+                "".join(r"\d+" if _NUMBER.fullmatch(t) else re.escape(t) for t in _tokens(names[0])): first
+            }
+        else:
+            patterns = {re.escape(name): rules[name] for name in names}
+        for pattern, rule in patterns.items():
+            if rule is None:
+                result[f"-:^{pattern}$"] = {}
+            elif rule:
+                result[f"+:^{pattern}$"] = dict(rule)
+    return result
+
+
+def _tokens(name: str) -> list[str]:
+    return re.findall(r"\d+|\D+", name)
+
+
+def _is_lm_head(name: str) -> bool:
+    return name.rpartition(".")[2] == "lm_head"
 
 
 def from_hf_config(mapping: Mapping[str, Any], config_type: type) -> ReadConfig:
@@ -132,15 +172,24 @@ def _overrides(dynamic: Any, base: dict[str, Any], config_type: type) -> list[tu
 
 
 def check_pattern(pattern: str, where: str) -> None:
-    """ConfigError unless `pattern` compiles and cannot take exponential time (nested repeats)."""
+    """ConfigError unless `pattern` compiles and matching a module's name with it is surely quick.
+
+    A backtracking matcher can be made to run for years by a few characters, so repeated groups are
+    refused, and so is too much of what multiplies: repeats (about 100 positions in a name each),
+    optional items (2) and alternatives.
+    """
     if len(pattern) > _MAX_PATTERN:
         raise ConfigError(f"{where} is a regular expression of {len(pattern)} characters")
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
         raise ConfigError(f"{where} is not a regular expression: {error}") from None
-    if re.search(r"[*+}]\)+[?]?[*+{]", pattern):
-        raise ConfigError(f"{where} repeats a repetition, which can take forever to match")
+    bare = re.sub(r"\[\^?\]?[^\]]*\]", "c", re.sub(r"\\.", "x", pattern, flags=re.DOTALL))
+    repeats = len(re.findall(r"[*+{]", bare))
+    optional = len(re.findall(r"(?<![(*+?}])[?]", bare))
+    choices = sum(math.log10(1 + part.count("|")) for part in re.split(r"[()]", bare))
+    if re.search(r"\)[*+{]", bare) or 2 * repeats + 0.3 * optional + choices > _MAX_PATTERN_COST:
+        raise ConfigError(f"{where} is a regular expression that could take too long to match")
 
 
 def _typed(value: Any, kind: type, where: str) -> Any:

@@ -78,7 +78,7 @@ def from_transformers(model: Path, dtype: Any, args: argparse.Namespace) -> Any:
         options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
     network = transformers.AutoModelForCausalLM.from_pretrained(model, **options)
     if config.get("quant_method") in ("fp8", "bitnet"):
-        network.to(dtype)  # these two leave their weights in bfloat16 whatever dtype was asked for
+        network.to(dtype)  # in float32 these two would load tensors of two dtypes and fail to multiply them
     return network
 
 
@@ -120,11 +120,15 @@ def from_hqq(model: Path, dtype: Any, args: argparse.Namespace) -> Any:
         network = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(plain)).to(dtype)
     for name in quantized_layers(list(tensors)):
         prefix = name + "."
-        state = {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
+        state = {
+            key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)
+        }
         layer = HQQLinear(None, None, compute_dtype=dtype, device="cpu")
         layer.load_state_dict(state)
         # The file's compute dtype wins inside hqq; scales and zeros must follow the one asked for.
-        layer.meta.update(compute_dtype=dtype, scale=layer.meta["scale"].to(dtype), zero=layer.meta["zero"].to(dtype))
+        layer.meta.update(
+            compute_dtype=dtype, scale=layer.meta["scale"].to(dtype), zero=layer.meta["zero"].to(dtype)
+        )
         network.set_submodule(name, layer)
     own = {name for name, _ in network.named_parameters() if not name.endswith(".W_q")}
     rest = {name: value.to(dtype) for name, value in tensors.items()}
@@ -176,7 +180,11 @@ def dense_weight(layer: Any, dtype: Any) -> Any:
         return layer.weight * layer.weight_scale
     if type(layer).__name__ == "BitLinear":  # activations are int8, which the identity survives
         dtype = layer.dtype or dtype
-    elif isinstance(layer, torch.nn.Linear) and weight.dtype in (torch.float32, torch.bfloat16, torch.float16):
+    elif isinstance(layer, torch.nn.Linear) and weight.dtype in (
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+    ):
         return weight
     bias, layer.bias = layer.bias, None  # adding and subtracting it would round
     columns = [layer(block).reshape(len(block), -1) for block in identity_blocks(layer.in_features, dtype)]
@@ -205,11 +213,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="float32 logits [B, T, vocab], .npy")
     parser.add_argument("--weights", type=Path, help="dequantized weights, .safetensors")
     parser.add_argument(
-        "--dtype", help="dtype of the model; auto: config.json's (default: float32; gptqmodel, autoawq: float16)"
+        "--dtype",
+        help="dtype of the model; auto: config.json's (default: float32; gptqmodel, autoawq: float16)",
     )
     parser.add_argument("--compute-dtype", help="overrides bnb_4bit_compute_dtype")
     parser.add_argument("--backend", help="gptqmodel backend (default: gptq_torch, awq_torch)")
-    parser.add_argument("--run-compressed", action="store_true", help="compressed-tensors: keep the codes packed")
+    parser.add_argument(
+        "--run-compressed", action="store_true", help="compressed-tensors: keep the codes packed"
+    )
     parser.add_argument("--threads", type=int, help="torch threads")
     args = parser.parse_args(argv)
     if (args.ids is None) != (args.out is None) or (args.out is None and args.weights is None):

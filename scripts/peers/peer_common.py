@@ -196,7 +196,9 @@ class Meter:
         }
 
 
-def write_timing(out: Path, meter: Meter, args: argparse.Namespace, used: dict[str, Any], source: Path) -> None:
+def write_timing(
+    out: Path, meter: Meter, args: argparse.Namespace, used: dict[str, Any], source: Path
+) -> None:
     """`timing.json`: what was measured, by which versions, with which options."""
     import torch
 
@@ -210,4 +212,8 @@ def write_timing(out: Path, meter: Meter, args: argparse.Namespace, used: dict[s
         **meter.report(),
     }
     write_json(out / "timing.json", report)
-    print(json.dumps({"out": str(out), "seconds": report["seconds"], "peak_mib": report["peak_rss_over_base_mib"]}))
+    print(
+        json.dumps(
+            {"out": str(out), "seconds": report["seconds"], "peak_mib": report["peak_rss_over_base_mib"]}
+        )
+    )

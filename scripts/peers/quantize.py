@@ -79,7 +79,9 @@ def save_state(state: dict[str, Any], config: dict[str, Any], out: Path) -> None
     if config.get("tie_word_embeddings"):
         state.pop("lm_head.weight", None)
     out.mkdir(parents=True, exist_ok=True)
-    save_file({key: value.contiguous() for key, value in state.items()}, out / "model.safetensors", {"format": "pt"})
+    save_file(
+        {key: value.contiguous() for key, value in state.items()}, out / "model.safetensors", {"format": "pt"}
+    )
     write_json(out / "config.json", config)
 
 
@@ -112,7 +114,9 @@ def run_gptqmodel(args: argparse.Namespace, source: Path) -> tuple[Meter, Option
         log = model.quantize(rows, batch_size=args.batch_size, backend=BACKEND.AUTO)
     with meter.phase("save"):
         model.save(str(args.out))
-    losses = [entry.get("loss") for entry in log.values()] if isinstance(log, dict) and "loss" in log else None
+    losses = (
+        [entry.get("loss") for entry in log.values()] if isinstance(log, dict) and "loss" in log else None
+    )
     return meter, {**wanted, "config": config.to_dict(), "rows": len(rows), "losses": losses}
 
 
@@ -261,7 +265,9 @@ def run_compressed_tensors(args: argparse.Namespace, source: Path) -> tuple[Mete
 
         rows = calibration(args)
         extra = {
-            "dataset": Dataset.from_list([{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows]),
+            "dataset": Dataset.from_list(
+                [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows]
+            ),
             "num_calibration_samples": len(rows),
             "max_seq_length": len(rows[0]),
             "shuffle_calibration_samples": False,
@@ -298,7 +304,11 @@ def run_bitnet(args: argparse.Namespace, source: Path) -> tuple[Meter, Options]:
             scale = 1 / mean if args.linear_class == "bitlinear" else mean
             state[f"{name}.weight_scale"] = scale.to(weight.dtype)
     config = read_json(args.model / "config.json")
-    wanted = {"linear_class": args.linear_class, "quantization_mode": "offline", "modules_to_not_convert": None}
+    wanted = {
+        "linear_class": args.linear_class,
+        "quantization_mode": "offline",
+        "modules_to_not_convert": None,
+    }
     config["quantization_config"] = {"quant_method": "bitnet", **wanted}
     with meter.phase("save"):
         save_state(state, config, args.out)
@@ -334,7 +344,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--act-group-aware", action=argparse.BooleanOptionalAction)
     parser.add_argument("--damp", type=float, help="dampening fraction of the Hessian's mean diagonal")
     parser.add_argument("--mse", type=float, help="gptqmodel's mse exponent (0: off)")
-    parser.add_argument("--format", help="gptqmodel: gptq, gptq_v2; autoawq: gemm, gemv; hqq: safetensors, pt")
+    parser.add_argument(
+        "--format", help="gptqmodel: gptq, gptq_v2; autoawq: gemm, gemv; hqq: safetensors, pt"
+    )
     parser.add_argument("--calibration", type=Path, help=".jsonl of {'input_ids': [...]}, or a text file")
     parser.add_argument("--samples", type=int, help="use this many rows (default: all)")
     parser.add_argument("--seqlen", type=int, help="tokens per row (default: as in the .jsonl; text: 512)")
@@ -345,7 +357,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quant-type", default="nf4", choices=("nf4", "fp4"))
     parser.add_argument("--double-quant", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--scheme", help="a compressed-tensors preset, such as FP8_BLOCK")
-    parser.add_argument("--algorithm", default="rtn", choices=("rtn", "gptq", "awq"), help="llm-compressor's modifier")
+    parser.add_argument(
+        "--algorithm", default="rtn", choices=("rtn", "gptq", "awq"), help="llm-compressor's modifier"
+    )
     parser.add_argument("--linear-class", default="autobitlinear", choices=("autobitlinear", "bitlinear"))
     parser.add_argument("--threads", type=int, help="torch threads")
     return parser.parse_args(argv)

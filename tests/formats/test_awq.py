@@ -64,7 +64,8 @@ def test_round_trip_and_numpy_agree(group: int) -> None:
     packed = random_packed(group=size)
     tensors = awq.to_checkpoint(packed, config)
     spec = awq.checkpoint_spec((16, 64), config)
-    assert {k: (v.dtype, tuple(v.shape)) for k, v in tensors.items()} == {k: (s.dtype, s.shape) for k, s in spec.items()}
+    found = {k: (v.dtype, tuple(v.shape)) for k, v in tensors.items()}
+    assert found == {k: (s.dtype, s.shape) for k, s in spec.items()}
     back = awq.from_checkpoint(tensors, config, (16, 64))
     for name, tensor in packed.tensors().items():
         assert torch.equal(getattr(back, name), tensor), name

@@ -313,6 +313,17 @@ def test_config_round_trip() -> None:
     assert json.loads(json.dumps(mapping)) == mapping
     assert mapping["checkpoint_format"] == mapping["format"] == "gptq" and mapping["lm_head"] is False
     assert mapping["meta"]["quantizer"][0].startswith("quantkit:")
+    # optimum matches endings: gate_proj and up_proj are skipped everywhere here
+    assert sorted(mapping["modules_in_block_to_quantize"][0]) == sorted(
+        ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj"]
+    )
+    some = QuantizedLayers(
+        config, quantized={"m.layers.1.mlp.up": config}, skipped={"m.layers.0.mlp.up": "asked"}
+    )
+    assert GPTQ_FORMAT.to_hf_config(some)["modules_in_block_to_quantize"] == [["m.layers.1.mlp.up"]]
+    assert "modules_in_block_to_quantize" not in GPTQ_FORMAT.to_hf_config(
+        QuantizedLayers(config, skipped={"lm_head": "default"})
+    )
     dynamic = mapping["dynamic"]
     # vLLM looks the fused names up; names that only begin alike are not touched
     for name, expected in {
@@ -329,6 +340,15 @@ def test_config_round_trip() -> None:
             assert found[0].startswith("-:")
         else:
             assert found[1] == ({"bits": 8, "group_size": 64} if expected is eight else {})
+    experts = [f"model.layers.{i}.mlp.experts.{j}.down_proj" for i in range(3) for j in range(40)]
+    many = QuantizedLayers(
+        config, quantized={**dict.fromkeys(experts, eight), "model.layers.0.mlp.x1_proj": config}
+    )
+    assert GPTQ_FORMAT.to_hf_config(many)["dynamic"] == {
+        r"+:^model\.layers\.\d+\.mlp\.experts\.\d+\.down_proj$": {"bits": 8, "group_size": 64}
+    }
+    many.quantized[experts[7]] = config
+    assert len(GPTQ_FORMAT.to_hf_config(many)["dynamic"]) == 119
     read = get_layout("gptq").from_hf_config(mapping)
     assert (read.config.bits, read.config.group_size, read.config.version) == (4, 128, 1)
     q_proj = read.config_for("model.layers.0.self_attn.q_proj")
@@ -365,7 +385,11 @@ BASE = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False,
         ({"pack_dtype": "int16"}, "pack_dtype"),
         ({"dynamic": ["x"]}, "dynamic"),
         ({"dynamic": {"+:(": {"bits": 8}}}, "dynamic"),
-        ({"dynamic": {"+:(a+)+$": {"bits": 8}}}, "dynamic"),
+        ({"dynamic": {"+:(a+)+$": {"bits": 8}}}, "too long to match"),
+        ({"dynamic": {"(a|aa)*!": {"bits": 8}}}, "too long to match"),
+        ({"dynamic": {"a?" * 40 + "a" * 40: {"bits": 8}}}, "too long to match"),
+        ({"dynamic": {".*.*.*.*.*!": {"bits": 8}}}, "too long to match"),
+        ({"dynamic": {"(a|a)" * 40: {"bits": 8}}}, "too long to match"),
         ({"dynamic": {"x" * 5000: {"bits": 8}}}, "dynamic"),
         ({"dynamic": {"model": {"bits": 16}}}, "dynamic"),
         ({"dynamic": {"model": 3}}, "dynamic"),
@@ -375,6 +399,22 @@ def test_hostile_config(change: dict, word: str) -> None:
     with pytest.raises(ConfigError, match=word) as caught:
         GPTQ_FORMAT.from_hf_config({**BASE, **change})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r".*\.(?:1[0-5])\..*",
+        r"+:.*\.(?:1[6-9]|20|21)\..*(?:gate|up|down)_proj.*",
+        r"+:^model\.layers\.(0|1|2|3|4|5|6|7|8|9|10)\.mlp\.(gate|up)_proj$",
+        "+:^" + re.escape("model.layers.0.mlp.experts.117.down_proj") + "$",
+        r"model\.layers\.\d+\.self_attn",
+        r"lm_head[^*+]?",
+    ],
+)
+def test_patterns_in_use_are_accepted(pattern: str) -> None:
+    read = GPTQ_FORMAT.from_hf_config({**BASE, "dynamic": {pattern: {"bits": 8}}})
+    assert read.overrides[0][1].bits == 8
 
 
 def test_missing_keys_and_old_files() -> None:

@@ -30,7 +30,7 @@ def same_bytes(mine, theirs):
     for suffix, tensor in theirs.items():
         got = mine[suffix]
         assert (got.dtype, got.shape) == (tensor.dtype, tensor.shape), suffix
-        assert bytes(got.reshape(-1).view(torch.uint8)) == bytes(tensor.reshape(-1).view(torch.uint8)), suffix
+        assert torch.equal(got.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), suffix
 
 
 def checkpoint(shape=(12, 40), **options):
@@ -223,10 +223,16 @@ def edit_state(tensors, **changes):
         (lambda t: edit_state(t, nested_offset=10**400), "nested_offset"),
         (lambda t: edit_state(t, nested_blocksize=0), "nested_blocksize is 0"),
         (lambda t: edit_state(t, filler="x" * 5000), "bytes"),
-        (lambda t: t.update({STATE + "nf4": torch.tensor(list(b"os.exit()"), dtype=torch.uint8)}), "not JSON"),
+        (
+            lambda t: t.update({STATE + "nf4": torch.tensor(list(b"os.exit()"), dtype=torch.uint8)}),
+            "not JSON",
+        ),
         (lambda t: t.update({STATE + "nf4": torch.tensor(list(b"[" * 4000), dtype=torch.uint8)}), "not JSON"),
         (lambda t: t.update({STATE + "nf4": torch.tensor([255, 254], dtype=torch.uint8)}), "not JSON"),
-        (lambda t: t.update({STATE + "nf4": torch.tensor(list(b"[1]"), dtype=torch.uint8)}), "not a JSON object"),
+        (
+            lambda t: t.update({STATE + "nf4": torch.tensor(list(b"[1]"), dtype=torch.uint8)}),
+            "not a JSON object",
+        ),
     ],
 )
 def test_hostile_tensors_are_refused(change, says):
@@ -255,7 +261,9 @@ def test_other_storage_dtypes_are_read():
 
 def test_hf_config_round_trip_and_skips():
     config = NF4Config(quant_type="fp4", double_quant=False, compute_dtype="float16")
-    layers = QuantizedLayers(config, {"a.score": config}, {"lm_head": "head", "score": "asked"}, tied_lm_head=False)
+    layers = QuantizedLayers(
+        config, {"a.score": config}, {"lm_head": "head", "score": "asked"}, tied_lm_head=False
+    )
     written = FMT.to_hf_config(layers)
     assert FMT.from_hf_config(written).config == config
     # "score" would match a.score as a suffix in transformers: it is anchored.
@@ -267,7 +275,9 @@ def test_hf_config_round_trip_and_skips():
 def test_owner_agrees_with_the_skip_list():
     rule = pytest.importorskip("transformers.quantizers.quantizers_utils").should_convert_module
     config = NF4Config()
-    layers = QuantizedLayers(config, {"a.score": config, "x.fc10": config}, {"score": "", "lm_head": "", "x.fc1": ""})
+    layers = QuantizedLayers(
+        config, {"a.score": config, "x.fc10": config}, {"score": "", "lm_head": "", "x.fc1": ""}
+    )
     skip = FMT.to_hf_config(layers)["llm_int8_skip_modules"]
     assert all(rule(name, skip) for name in layers.quantized)
     assert not any(rule(name, skip) for name in layers.skipped)

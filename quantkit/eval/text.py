@@ -1,0 +1,145 @@
+"""Text to evaluate on: "builtin", "wikitext2", or a file -> token ids."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit.errors import CalibrationError, UsageError, did_you_mean
+
+BUILTIN_TOKENS = 16384  # evaluated on the built-in text unless more are asked for
+_CHARS_PER_TOKEN = 8  # first guess of how much text makes a token
+
+
+@dataclass(frozen=True)
+class EvalText:
+    """`ids` int64 `[T]`, with one BOS at the start where the tokenizer adds one; `source` names the text."""
+
+    ids: Tensor
+    source: str
+    bos_token_id: int | None  # None when the tokenizer adds none
+
+
+def load_text(source: str | Path, tokenizer: Any, tokens: int | None = None) -> EvalText:
+    """Read and tokenize a text; at most `tokens` tokens (None: 16384 of "builtin", all of the others).
+
+    `source`: "builtin" (documentation and sources of Python's standard library, the split that neither
+    the example models' training nor calibration uses), "wikitext2" (the raw test split; needs the
+    `datasets` package), or a .txt or .jsonl file ({"text": ...} rows, joined by blank lines).
+    UsageError for an unknown source; CalibrationError when the text is empty or not UTF-8.
+    """
+    if tokens is not None and tokens < 2:
+        raise UsageError(f"{tokens} tokens are no text", hint="Ask for at least 2.")
+    read, label, default = _reader(str(source))
+    tokens = tokens if tokens is not None else default
+    budget = tokens * _CHARS_PER_TOKEN if tokens is not None else None
+    while True:
+        text = read(budget)
+        if not text.strip():
+            raise CalibrationError(f"{label} is empty", hint="Give a file with text, or use 'builtin'.")
+        found = _encode(text, tokenizer, label)
+        enough = tokens is None or budget is None or len(found.ids) > tokens or len(text) < budget
+        if enough:
+            return EvalText(found.ids[:tokens], label, found.bos_token_id)
+        budget = 2 * (budget or 0)
+
+
+def _reader(source: str) -> tuple[Callable[[int | None], str], str, int | None]:
+    """(function that returns at most so many characters, name for reports, default number of tokens)."""
+    if source == "builtin":
+        return (
+            _builtin,
+            "builtin (evaluation split of Python's own documentation and sources)",
+            BUILTIN_TOKENS,
+        )
+    path = Path(source).expanduser()
+    if source.lower().replace("-", "").replace("_", "") == "wikitext2" and not path.exists():
+        return _wikitext2, "wikitext2 (raw, test split)", None
+    if not path.exists():
+        hint = did_you_mean(source, ["builtin", "wikitext2"])
+        raise UsageError(
+            f"evaluation text {source!r} does not exist", hint=f"{hint} Or give a .txt or .jsonl file."
+        )
+    if path.is_dir():
+        raise UsageError(f"evaluation text {source!r} is a directory", hint="Give a .txt or .jsonl file.")
+    if path.suffix.lower() in (".jsonl", ".ndjson"):
+        return lambda limit: _jsonl(path, limit), path.name, None
+    return lambda limit: _plain(path, limit), path.name, None
+
+
+def _encode(text: str, tokenizer: Any, label: str) -> EvalText:
+    """All ids of `text`, after one BOS where the tokenizer puts one; never an EOS."""
+    ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    bos = tokenizer.bos_token_id
+    if bos is not None and list(tokenizer("a", verbose=False)["input_ids"])[:1] != [bos]:
+        bos = None
+    if bos is not None:
+        ids.insert(0, bos)
+    if len(ids) < 2:
+        raise CalibrationError(f"{label} gives {len(ids)} tokens", hint="Give a longer text.")
+    return EvalText(torch.tensor(ids, dtype=torch.int64), label, bos)
+
+
+def _builtin(limit: int | None) -> str:
+    from quantkit.builtin_text import BuiltinTextError, text
+
+    try:
+        return text("eval", max_chars=limit)
+    except BuiltinTextError as error:
+        raise CalibrationError(f"builtin text: {error}", hint="Give a text file.") from error
+
+
+def _wikitext2(limit: int | None) -> str:
+    try:
+        from datasets import load_dataset  # type: ignore[import-not-found,unused-ignore]
+    except ImportError:
+        raise UsageError(
+            "wikitext2 is read with the datasets package, which is not installed",
+            hint="pip install datasets, give a text file, or use 'builtin'.",
+        ) from None
+    try:
+        rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")["text"]
+    except Exception as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CalibrationError(f"wikitext2: {first}", hint="Give a text file, or use 'builtin'.") from error
+    return "\n\n".join(rows)[:limit]
+
+
+def _plain(path: Path, limit: int | None) -> str:
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            return file.read(-1 if limit is None else limit)
+    except UnicodeDecodeError as error:
+        raise CalibrationError(
+            f"{path} is not UTF-8 text ({error.reason})", hint="Convert it to UTF-8."
+        ) from None
+    except OSError as error:
+        raise CalibrationError(f"{path}: {error.strerror}", hint="Check the file.") from None
+
+
+def _jsonl(path: Path, limit: int | None) -> str:
+    texts: list[str] = []
+    size = 0
+    for number, line in enumerate(_plain(path, None).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            raise CalibrationError(
+                f"{path}, line {number}: not JSON", hint="Each line must be one JSON object."
+            ) from None
+        value = row.get("text") if isinstance(row, dict) else None
+        if not isinstance(value, str):
+            raise CalibrationError(f'{path}, line {number}: no "text"', hint='Rows must be {"text": "..."}.')
+        texts.append(value)
+        size += len(value) + 2
+        if limit is not None and size > limit:
+            break
+    return "\n\n".join(texts)[:limit]
