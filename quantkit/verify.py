@@ -27,7 +27,7 @@ from quantkit.peer_logits import compare_logits
 from quantkit.progress import NullProgress, Progress
 from quantkit.report_types import LayerReport, Report
 from quantkit.shards import sha256_file
-from quantkit.skeleton import Site, Skeleton, Target
+from quantkit.skeleton import Site, Skeleton, Target, linear_shape
 from quantkit.untrusted import is_plain_name, read_json
 
 #: A recomputed error may differ from the recorded one by the rounding of its computation.
