@@ -33,11 +33,14 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2Tokenizer,
 )
 
 Split = Literal["train", "calibration", "eval"]
@@ -79,6 +82,8 @@ def main() -> None:
     model = build_model(args.arch).to(device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{args.arch}: {parameters} parameters on {device_name(device)}", flush=True)
+    save_tokenizer(tokenizer, model, args.out)
+    check_tokenizer(args.out, corpus["eval"], ids["eval"])
     report = train(model, ids["train"], ids["calibration"], args, device)
     model.to(torch.bfloat16).float()  # the figures are those of the weights as saved
     report |= {
@@ -95,7 +100,9 @@ def main() -> None:
         "torch": torch.__version__,
     }
     print(json.dumps(report, indent=2), flush=True)
-    save(model, tokenizer, args.out)
+    model.to("cpu", torch.bfloat16).save_pretrained(args.out)
+    # Transformers 4 and some other readers know these two settings by their old names.
+    patch_json(args.out / "config.json", {"rope_theta": ROPE_THETA, "torch_dtype": "bfloat16"})
     (args.out / "README.md").write_text(model_card(args, report), encoding="utf-8")
     if args.report is not None:
         args.report.write_text(json.dumps(report) + "\n", encoding="utf-8")
@@ -135,9 +142,6 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-# --- corpus and tokenizer ---------------------------------------------------------------
-
-
 def builtin_corpus() -> dict[Split, list[str]]:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from quantkit import builtin_text
@@ -167,12 +171,11 @@ def load_corpus(folder: Path | None) -> tuple[dict[Split, list[str]], str]:
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
+    # Transformers splits the text of every qwen2 checkpoint like this, whatever the
+    # checkpoint's tokenizer.json says; a tokenizer trained otherwise would be misread.
+    qwen2 = Qwen2Tokenizer().backend_tokenizer
+    tokenizer.normalizer = qwen2.normalizer
+    tokenizer.pre_tokenizer = qwen2.pre_tokenizer
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE,
@@ -190,6 +193,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
+        unk_token="</s>",
         clean_up_tokenization_spaces=False,
         model_max_length=MAX_POSITION,
     )
@@ -202,10 +206,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor
     return torch.tensor([token for row in rows for token in (*row, end)], dtype=torch.long)
 
 
-# --- model and training -----------------------------------------------------------------
-
-
-def build_model(arch: str) -> torch.nn.Module:
+def build_model(arch: str) -> PreTrainedModel:
     common: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 256,
@@ -339,16 +340,18 @@ def unigram_perplexity(train_ids: torch.Tensor, eval_ids: torch.Tensor) -> float
     return math.exp(-float((counts / counts.sum()).log()[eval_ids].mean()))
 
 
-# --- output -----------------------------------------------------------------------------
-
-
-def save(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, model: Any, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    model.to("cpu", torch.bfloat16).save_pretrained(folder)
+    model.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    # Transformers 4 and some other readers know these two settings by their old names.
-    patch_json(folder / "config.json", {"rope_theta": ROPE_THETA, "torch_dtype": "bfloat16"})
     patch_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def check_tokenizer(folder: Path, texts: list[str], expected: torch.Tensor) -> None:
+    """Make sure that the checkpoint's users get the token ids that the model is trained on."""
+    loaded = AutoTokenizer.from_pretrained(folder)
+    if len(loaded) != VOCAB_SIZE or not torch.equal(encode(loaded, texts), expected):
+        raise RuntimeError(f"the tokenizer in {folder} does not load as it was trained")
 
 
 def patch_json(path: Path, changes: dict[str, Any]) -> None:

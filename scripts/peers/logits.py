@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from peer_common import prepare_environment, read_json, staged, versions
+from peer_common import dtype_of, prepare_environment, read_json, staged, versions
 
 # A layer is quantized where the checkpoint holds one of these beside its name.
 MARKERS = (
@@ -45,16 +45,6 @@ def checkpoint_keys(model: Path) -> list[str]:
 def quantized_layers(keys: list[str]) -> list[str]:
     found = {key.removesuffix(marker) for key in keys for marker in MARKERS if key.endswith(marker)}
     return sorted(found)
-
-
-def dtype_of(name: str, model: Path) -> Any:
-    """`auto` is the dtype that config.json names."""
-    import torch
-
-    if name == "auto":
-        config = read_json(model / "config.json")
-        name = config.get("dtype") or config.get("torch_dtype") or "float32"
-    return getattr(torch, name)
 
 
 # --- loaders -----------------------------------------------------------------------------------

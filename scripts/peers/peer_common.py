@@ -73,6 +73,16 @@ def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
 
 
+def dtype_of(name: str, model: Path) -> Any:
+    """`auto` is the dtype that config.json names."""
+    import torch
+
+    if name == "auto":
+        config = read_json(model / "config.json")
+        name = config.get("dtype") or config.get("torch_dtype") or "float32"
+    return getattr(torch, name)
+
+
 # --- calibration -------------------------------------------------------------------------------
 
 

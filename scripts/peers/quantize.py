@@ -18,6 +18,7 @@ from typing import Any
 from peer_common import (
     Meter,
     copy_tokenizer,
+    dtype_of,
     prepare_environment,
     read_calibration,
     read_json,
@@ -33,16 +34,6 @@ Tool = Callable[[argparse.Namespace, Path], tuple[Meter, Options]]
 def given(**options: Any) -> Options:
     """The options that were really given, so that the tool's defaults hold for the others."""
     return {key: value for key, value in options.items() if value is not None}
-
-
-def torch_dtype(name: str, model: Path) -> Any:
-    """`auto` is the dtype that config.json names."""
-    import torch
-
-    if name == "auto":
-        config = read_json(model / "config.json")
-        name = config.get("dtype") or config.get("torch_dtype") or "float32"
-    return getattr(torch, name)
 
 
 def calibration(args: argparse.Namespace) -> list[list[int]]:
@@ -137,7 +128,7 @@ def run_autoawq(args: argparse.Namespace, source: Path) -> tuple[Meter, Options]
             str(source),
             device_map="cpu",
             use_cache=False,
-            **given(torch_dtype=None if args.dtype == "auto" else torch_dtype(args.dtype, source)),
+            **given(torch_dtype=None if args.dtype == "auto" else dtype_of(args.dtype, source)),
         )
     calib = {"max_calib_samples": len(rows), "max_calib_seq_len": len(rows[0])}
     with meter.phase("quantize"):
@@ -157,7 +148,7 @@ def run_hqq(args: argparse.Namespace, source: Path) -> tuple[Meter, Options]:
     from hqq.core.quantize import BaseQuantizeConfig
     from hqq.models.hf.base import AutoHQQHFModel
 
-    dtype = torch_dtype(args.compute_dtype or args.dtype, source)
+    dtype = dtype_of(args.compute_dtype or args.dtype, source)
     wanted = hqq_parameters(args)
     quant_config = BaseQuantizeConfig(**wanted)
     warm_imports(source)
@@ -186,7 +177,7 @@ def run_transformers_hqq(args: argparse.Namespace, source: Path) -> tuple[Meter,
     from peer_patches import allow_hqq_without_gpu
     from transformers import AutoModelForCausalLM, HqqConfig
 
-    dtype = torch_dtype(args.compute_dtype or args.dtype, source)
+    dtype = dtype_of(args.compute_dtype or args.dtype, source)
     allow_hqq_without_gpu(dtype)
     wanted = hqq_parameters(args)
     warm_imports(source, "hqq.core.quantize")
@@ -205,12 +196,12 @@ def run_bitsandbytes(args: argparse.Namespace, source: Path) -> tuple[Meter, Opt
 
     if args.bits not in (None, 4):
         raise SystemExit("bitsandbytes: only 4 bits (nf4, fp4)")
-    dtype = torch_dtype(args.dtype, source)
+    dtype = dtype_of(args.dtype, source)
     wanted = {
         "load_in_4bit": True,
         "bnb_4bit_quant_type": args.quant_type,
         "bnb_4bit_use_double_quant": args.double_quant,
-        "bnb_4bit_compute_dtype": torch_dtype(args.compute_dtype, source) if args.compute_dtype else dtype,
+        "bnb_4bit_compute_dtype": dtype_of(args.compute_dtype, source) if args.compute_dtype else dtype,
     }
     warm_imports(source, "bitsandbytes", "transformers.integrations.bitsandbytes")
     meter = Meter()
@@ -229,14 +220,26 @@ def run_transformers_fp8(args: argparse.Namespace, source: Path) -> tuple[Meter,
     from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
     allow_fp8_without_gpu()
-    dtype = torch_dtype(args.dtype, source)
+    dtype = dtype_of(args.dtype, source)
     size = args.group_size
-    wanted = given(weight_block_size=None if size is None else (size, size))
+    wanted: Options = {}
+    if size is not None:
+        wanted["weight_block_size"] = None if size == -1 else (size, size)
     warm_imports(source, "transformers.integrations.finegrained_fp8")
     meter = Meter()
     with meter.phase("quantize"):
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, device_map="cpu", quantization_config=FineGrainedFP8Config(**wanted)
+        )
+    # A shape that is no multiple of the block is left as it was, beside a scale of 0, without a word.
+    bad = [
+        name
+        for name, module in model.named_modules()
+        if hasattr(module, "weight_scale_inv") and module.weight.element_size() != 1
+    ]
+    if bad:
+        raise SystemExit(
+            f"transformers-fp8: {len(bad)} weights are no multiple of the block, such as {bad[0]}"
         )
     with meter.phase("save"):
         model.save_pretrained(args.out)
@@ -275,7 +278,7 @@ def run_compressed_tensors(args: argparse.Namespace, source: Path) -> tuple[Mete
     warm_imports(source)
     meter = Meter()
     with meter.phase("load"):
-        model = dense_model(source, torch_dtype(args.dtype, source))
+        model = dense_model(source, dtype_of(args.dtype, source))
     with meter.phase("quantize"):
         oneshot(model=model, recipe=modifier, **extra)
     with meter.phase("save"):
@@ -291,7 +294,7 @@ def run_bitnet(args: argparse.Namespace, source: Path) -> tuple[Meter, Options]:
     warm_imports(source)
     meter = Meter()
     with meter.phase("load"):
-        model = dense_model(source, torch_dtype(args.dtype, source))
+        model = dense_model(source, dtype_of(args.dtype, source))
     state = dict(model.state_dict())
     with meter.phase("quantize"), torch.no_grad():
         for name, module in model.named_modules():
@@ -337,7 +340,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument("--overwrite", action="store_true", help="delete --out first")
     parser.add_argument("--bits", type=int)
-    parser.add_argument("--group-size", type=int, help="-1: one group per row (gptqmodel)")
+    parser.add_argument(
+        "--group-size", type=int, help="-1: one group per row (gptqmodel), per tensor (transformers-fp8)"
+    )
     parser.add_argument("--sym", action=argparse.BooleanOptionalAction)
     parser.add_argument("--asym", dest="sym", action="store_false", help="the same as --no-sym")
     parser.add_argument("--desc-act", action=argparse.BooleanOptionalAction)
