@@ -24,7 +24,7 @@ import quantkit
 from quantkit.calibration_data import CalibrationData, holds_text, load_calibration
 from quantkit.checkpoint import CheckpointReader
 from quantkit.distributed import Workers, join_workers
-from quantkit.errors import NumericsError, UsageError
+from quantkit.errors import CheckpointError, NumericsError, UsageError
 from quantkit.formats import get_format
 from quantkit.hub import resolve_model
 from quantkit.load import load_tokenizer, parse_dtype, quantization_config
@@ -34,6 +34,7 @@ from quantkit.publish import CheckpointWriter
 from quantkit.report_types import ConvertResult, LayerReport, PlanReport
 from quantkit.sites import stream_unit
 from quantkit.skeleton import Skeleton
+from quantkit.untrusted import plain_file
 
 
 def convert(
@@ -269,7 +270,11 @@ def _finish(
     result.peak_rss = peak_rss()
     result.peak_device_memory = peak_device_memory()
     result.seconds = time.perf_counter() - started
-    source_card = plan.reader.path / "README.md"
+    source_card: Path | None = plan.reader.path / "README.md"
+    try:
+        plain_file(plan.reader.path / "README.md", plan.reader.path)
+    except CheckpointError:  # none there, or a link to somewhere else
+        source_card = None
     card = render_model_card(
         result,
         base_model=result.source,

@@ -104,8 +104,6 @@ def main() -> None:
     # Transformers 4 and some other readers know these two settings by their old names.
     patch_json(args.out / "config.json", {"rope_theta": ROPE_THETA, "torch_dtype": "bfloat16"})
     (args.out / "README.md").write_text(model_card(args, report), encoding="utf-8")
-    if args.report is not None:
-        args.report.write_text(json.dumps(report) + "\n", encoding="utf-8")
 
 
 def parse_args() -> argparse.Namespace:
@@ -130,7 +128,6 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--corpus", type=Path, help="folder that --dump-corpus wrote")
     parser.add_argument("--dump-corpus", type=Path, help="write the corpus there and stop")
-    parser.add_argument("--report", type=Path, help="also write the figures to this JSON file")
     args = parser.parse_args()
     if args.out is None and args.dump_corpus is None:
         parser.error("--out is required")
