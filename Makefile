@@ -13,6 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 EXAMPLE ?= examples/pydoc-llama-7m
 DEMO_OUT ?= demo-out
+DEMO_FLAGS ?= --samples 32 --seqlen 256 --overwrite
 
 .PHONY: help setup demo test test-all check format peers clean
 
@@ -34,7 +35,9 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: setup
-	$(BIN)/python scripts/demo.py --model $(EXAMPLE) --out $(DEMO_OUT)
+	$(BIN)/quantkit convert $(EXAMPLE) --format awq -o $(DEMO_OUT)/awq $(DEMO_FLAGS)
+	$(BIN)/quantkit convert $(EXAMPLE) --format gptq -o $(DEMO_OUT)/gptq $(DEMO_FLAGS)
+	$(BIN)/quantkit eval $(DEMO_OUT)/awq $(DEMO_OUT)/gptq --reference $(EXAMPLE)
 
 test: setup
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"

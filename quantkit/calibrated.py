@@ -77,6 +77,7 @@ class CalibratedLayers:
             order = self.runner.groups(index, list(by_path)) if by_path else []
             for group in order:
                 stats = self.runner.statistics(index, [group], list(by_path))
+                unseen = pool_unseen(stats) if group.routed else set()
                 for path, stat in stats.items():
                     target = by_path[path]
                     started = time.perf_counter()
@@ -85,6 +86,8 @@ class CalibratedLayers:
                     packed = quantize_site(plan, target, weight, stat)
                     for remark in remarks.get(path, ()):
                         note(remark)
+                    if path in unseen:
+                        note("no calibration token reached this expert: its siblings' statistics were used")
                     reports[path] = layer_report(
                         plan, target, weight, packed, stat, time.perf_counter() - started
                     )
@@ -123,7 +126,7 @@ class CalibratedLayers:
             start = 0
             stop = min(self.runner.micro, self.runner.ids.shape[0])
             hidden = self.runner.inputs(index, start, stop)
-            scale, found = discover_groups(layer, lambda: self.runner.run(index, start, stop, hidden))
+            scale, found = discover_groups(layer, lambda: self.runner.run(index, start, stop, hidden, exact=True))
             for path in by_path:
                 remarks[path] = list(found)
         # Statistics for every consumer, also those that stay dense: their producer may be rescaled.
@@ -170,6 +173,24 @@ class CalibratedLayers:
             if not torch.equal(part.float(), now):
                 part.copy_(now.to(value.dtype))
         return value
+
+
+def pool_unseen(stats: dict[str, LayerStats]) -> set[str]:
+    """Give experts that no token reached the statistics summed over their siblings (the same matrix of
+    the other experts), in place; returns their paths. Untouched when no sibling saw a token either."""
+    unseen = {path for path, stat in stats.items() if stat.tokens == 0}
+    for leaf in {path.rpartition(".")[2] for path in unseen}:
+        seen = {id(s): s for path, s in stats.items() if path.rpartition(".")[2] == leaf and s.tokens}.values()
+        if not seen:
+            continue
+        pooled = LayerStats(sum(s.tokens for s in seen))
+        for name in ("hessian", "abs_sum"):
+            setattr(pooled, name, torch.stack([getattr(s, name) for s in seen]).sum(0))
+        pooled.abs_max = torch.stack([s.abs_max for s in seen if s.abs_max is not None]).amax(0)
+        for path in unseen:
+            if path.rpartition(".")[2] == leaf:
+                stats[path] = pooled
+    return unseen
 
 
 def _dense(module: nn.Module) -> Tensor:

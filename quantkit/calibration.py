@@ -104,7 +104,6 @@ class LayerRunner:
         self.layers: Any = skeleton.modules[skeleton.layers_path]
         self.micro = max(1, _MICRO_TOKENS // ids.shape[1])
         self._calls: dict[tuple[int, int], tuple[Args, Kwargs]] = {}
-        self._resident: dict[int, Tensor] = {}  # layer -> its inputs, where the accelerator has room for them
         self._by_layer: dict[int, list[str]] = {}
         self._outside: list[str] = []
         decoder = skeleton.layers_path.rpartition(".")[0]
@@ -179,21 +178,7 @@ class LayerRunner:
 
     def inputs(self, layer: int, start: int, stop: int) -> Tensor:
         """Samples `start:stop` of a layer's inputs, on the device."""
-        if layer not in self._resident and self._fits():
-            states = self.states(layer)
-            self._resident = {layer: torch.empty(states.shape, device=self.device)}
-            for a, b in self.batches():
-                self._resident[layer][a:b] = states.read(a, b).to(self.device)
-        if layer in self._resident:
-            return self._resident[layer][start:stop].clone()  # a layer may write to its input
         return self.states(layer).read(start, stop).to(self.device)
-
-    def _fits(self) -> bool:
-        """Hidden states are read about six times a layer: keep them on an accelerator with room to spare."""
-        if self.device.type == "cpu":
-            return False
-        free, _ = torch.accelerator.get_memory_info(self.device)
-        return self.states(0).nbytes < free // 8
 
     def batches(self) -> Iterator[tuple[int, int]]:
         """(start, stop) of the micro-batches."""
@@ -224,10 +209,11 @@ class LayerRunner:
             for param in filled:
                 _back_to_meta(self.skeleton.model, param)
 
-    def run(self, index: int, start: int, stop: int, hidden: Tensor) -> Tensor:
-        """Output `[stop - start, seqlen, hidden]` of layer `index` for input `hidden`."""
+    def run(self, index: int, start: int, stop: int, hidden: Tensor, *, exact: bool = False) -> Tensor:
+        """Output `[stop - start, seqlen, hidden]` of layer `index` for input `hidden`; in float32 if
+        `exact`, whatever the runner's dtype."""
         args, kwargs = self._calls[(index, stop - start)]
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), contextlib.nullcontext() if exact else self._autocast():
             out = self.layers[index](hidden, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
@@ -246,7 +232,6 @@ class LayerRunner:
 
     def drop(self, layer: int) -> None:
         """Remove the inputs of a layer that is done."""
-        self._resident.pop(layer, None)
         self.states(layer).path.unlink(missing_ok=True)
 
     def groups(self, index: int, paths: list[str]) -> list[Group]:

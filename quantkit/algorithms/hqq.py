@@ -15,6 +15,9 @@ This file keeps the alternation and the closed forms, and changes what costs qua
   maximum among them: at 2 and 3 bits one outlier otherwise decides the step of 64 weights;
 * every iterate is judged with its scale and zero **as they will be stored** (float16, say), and each
   group keeps its best one, so that no group is ever worse than its start;
+* at the end the scale of each group grows until the group's projection on the weight is 1. The closest
+  codes shrink a weight (by 10 % at 2 bits, 3 % at 3), layer after layer; the same codes with
+  `<w, w'> = <w, w>` miss by little more and give predictions that are much closer (KL halved at 2 bits);
 * with `norm = 2`, the default, `e` is zero and all steps minimise the squared error. The paper's 0.7
   ranks and shrinks by |.|^0.7, in units of the step. (hqq shrinks in units of the weight, where
   the usual weights, smaller than 0.17, never pass the threshold: it too is a squared-error fit.)
@@ -196,6 +199,24 @@ def _refine(problem: _Problem, best: _Iterate, start: _Iterate, iterations: int)
         current = current.take(keep)
 
 
+def _unbias(problem: _Problem, best: _Iterate, start: Tensor) -> None:
+    """Scale the groups so that `<w, w'> = <w, w>`, except where that makes one worse than its start.
+
+    Among all weights with this projection, `r` times the least-squares solution is the closest one, with
+    the same codes: quantizing `r * w` instead of `w` only multiplies the scale.
+    """
+    w, near = problem.w, problem.w - best.residual
+    along = (w * near).sum(1, keepdim=True)
+    growth = (w * w).sum(1, keepdim=True) / along
+    growth = torch.where(along > 0, growth, 1.0).clamp(0.5, 2.0)
+    scale = problem.stored_scale(best.scale * growth)
+    residual = w - (best.codes - best.zero) * scale
+    loss = problem.loss(residual)
+    fine = loss <= start
+    for field, value in (("scale", scale), ("residual", residual), ("error", loss)):
+        setattr(best, field, torch.where(fine, value, getattr(best, field)))
+
+
 def fit_groups(
     groups: Tensor,
     bits: int,
@@ -204,13 +225,15 @@ def fit_groups(
     round_zero: bool = False,
     dtype: torch.dtype = torch.float16,
     norm: float = 2.0,
+    unbiased: bool = True,
     iterations: int = 12,
 ) -> GroupFit:
     """Choose codes, scale and zero for every row of `groups` (float32 `[R, g]`, finite, any device).
 
     Computes in float32; `dtype` is what scale and zero are stored in, and all errors are taken with
     the stored values. `optimize=False` keeps the range from minimum to maximum. `norm` is the p of
-    the error that is minimised, 0 < p <= 2. Raises NumericsError when `dtype` cannot hold a scale.
+    the error that is minimised, 0 < p <= 2. `unbiased` scales each group to a projection of 1 on its
+    weights (only with `optimize`). Raises NumericsError when `dtype` cannot hold a scale.
     """
     if groups.dim() != 2 or bits not in _MAX_CLIP or not 0.0 < norm <= 2.0:
         raise ValueError(f"groups {tuple(groups.shape)}, bits {bits}, norm {norm} cannot be solved")
@@ -230,9 +253,12 @@ def fit_groups(
             )
         best = _full_range(problem)
         if optimize:
+            worst = best.error.clone()
             for start in [best.take(slice(None)), *_clipped_starts(problem, bits)]:
                 _keep_better(best, start)
                 _refine(problem, best, start, iterations)
+            if unbiased:
+                _unbias(problem, best, worst)
         codes[rows] = best.codes.to(torch.uint8)
         scale[rows] = best.scale[:, 0].to(dtype)
         zero[rows] = best.zero[:, 0].to(dtype)

@@ -62,6 +62,9 @@ class HQQConfig(FormatConfig):
     compute_dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
         "auto", description="dtype of scale and zero (auto: float16, hqq's own default)"
     )
+    unbiased: bool = Field(
+        True, description="rescale groups to their weights' length: lower KL, higher error"
+    )
     norm: float = Field(2.0, gt=0.0, le=2.0, description="p of the error |w - w'|^p; the paper uses 0.7")
 
     @field_validator("axis")
@@ -150,6 +153,7 @@ class HQQ(Format):
             round_zero=config.round_zero,
             dtype=config.dtype,
             norm=config.norm,
+            unbiased=config.unbiased,
         )
         return canonical(fit.codes, fit.scale, fit.zero, shape, config.bits, config.group_size)
 
@@ -274,7 +278,7 @@ def _skip_name(name: str, quantized: Mapping[str, Any]) -> str:
 
 def _comparable(config: HQQConfig) -> HQQConfig:
     """`config` without what `quant_config` does not hold."""
-    return config.model_copy(update={"compute_dtype": "auto", "norm": 2.0})
+    return config.model_copy(update={"compute_dtype": "auto", "norm": 2.0, "unbiased": True})
 
 
 def _quant_params(config: HQQConfig) -> dict[str, Any]:

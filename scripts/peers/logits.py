@@ -64,6 +64,10 @@ def from_transformers(model: Path, dtype: Any, args: argparse.Namespace) -> Any:
     if config.get("quant_method") == "bitsandbytes" and args.compute_dtype:
         config["bnb_4bit_compute_dtype"] = args.compute_dtype
         options["quantization_config"] = transformers.BitsAndBytesConfig.from_dict(config)
+    if config.get("quant_method") == "gptq" and args.backend:
+        options["quantization_config"] = transformers.GPTQConfig.from_dict(
+            {**config, "backend": args.backend}
+        )
     if config.get("quant_method") == "compressed-tensors" and not args.run_compressed:
         options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
     network = transformers.AutoModelForCausalLM.from_pretrained(model, **options)
@@ -207,7 +211,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="dtype of the model; auto: config.json's (default: float32; gptqmodel, autoawq: float16)",
     )
     parser.add_argument("--compute-dtype", help="overrides bnb_4bit_compute_dtype")
-    parser.add_argument("--backend", help="gptqmodel backend (default: gptq_torch, awq_torch)")
+    parser.add_argument(
+        "--backend",
+        help="kernel for gptq and awq (gptqmodel: gptq_torch, awq_torch; transformers: its choice)",
+    )
     parser.add_argument(
         "--run-compressed", action="store_true", help="compressed-tensors: keep the codes packed"
     )

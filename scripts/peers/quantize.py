@@ -12,6 +12,7 @@ import argparse
 import inspect
 import shutil
 from collections.abc import Callable
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -367,7 +368,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--linear-class", default="autobitlinear", choices=("autobitlinear", "bitlinear"))
     parser.add_argument("--threads", type=int, help="torch threads")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in ("model", "out", "calibration"):
+        if (path := getattr(args, name)) is not None:
+            setattr(args, name, path.resolve())
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -382,7 +387,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    with staged(args.model) as source:
+    # gptqmodel writes ./logs wherever it is started: let that be the staging folder, which goes away.
+    with staged(args.model) as source, chdir(source):
         meter, used = TOOLS[args.tool](args, source)
     copy_tokenizer(args.model, args.out)
     write_timing(args.out, meter, args, used, args.model)

@@ -61,17 +61,33 @@ def test_close_to_a_dense_search(bits: int) -> None:
         slope = (centred * w).sum(1, keepdim=True) / centred.square().sum(1, keepdim=True)
         dense = w.mean(1, keepdim=True) + centred * slope
         best = torch.minimum(best, (w - dense).square().sum(1))
-    solved = errors(w.float(), fit_groups(w.float(), bits, dtype=torch.float32))
+    solved = errors(w.float(), fit_groups(w.float(), bits, dtype=torch.float32, unbiased=False))
     assert solved.sum() < 1.03 * best.sum()
 
 
 def test_codes_are_nearest_for_the_stored_scale_and_zero() -> None:
     w = weights(rows=16)
-    fit = fit_groups(w, 3)
+    fit = fit_groups(w, 3, unbiased=False)
     grid = (torch.arange(8).double() - fit.zero.double()[:, None]) * fit.scale.double()[:, None]
     distance = (w.double()[:, :, None] - grid[:, None, :]).abs()
     chosen = distance.gather(2, fit.codes.long()[:, :, None])[..., 0]
     assert torch.allclose(chosen, distance.amin(2), atol=1e-9)
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2, 1])
+def test_unbiased_groups_keep_their_length_along_the_weight(bits: int) -> None:
+    w = weights()
+    projections = {}
+    for unbiased in (True, False):
+        fit = fit_groups(w, bits, unbiased=unbiased)
+        dense = (fit.codes.double() - fit.zero.double()[:, None]) * fit.scale.double()[:, None]
+        projections[unbiased] = (w.double() * dense).sum(1) / w.double().square().sum(1)
+    plain, best = fit_groups(w, bits), fit_groups(w, bits, unbiased=False)
+    assert torch.equal(plain.codes, best.codes) and torch.equal(plain.zero, best.zero)
+    assert (projections[False] < 1).all()
+    exact = (projections[True] - 1).abs() < 1e-3
+    assert exact.double().mean() > 0.9  # the others would have become worse than their start
+    assert 1 < errors(w, plain).sum() / errors(w, best).sum() < {4: 1.02, 3: 1.06, 2: 1.2, 1: 1.7}[bits]
 
 
 @pytest.mark.parametrize("bits", BITS)
