@@ -156,6 +156,9 @@ def eval_command(
         str | None, typer.Option(help="Perplexity as another project measures it: gptq, hqq, llama.cpp.")
     ] = None,
     device: Device = "cpu",
+    dtype: Annotated[
+        str | None, typer.Option(help="dtype to compute in; default: as stored. On a CPU float32 is faster.")
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -169,7 +172,7 @@ def eval_command(
     import quantkit
     from quantkit.progress import RichProgress
 
-    asked = {"tokens": tokens, "protocol": protocol}
+    asked: dict[str, Any] = {"tokens": tokens, "protocol": protocol, "dtype": dtype}
     with contextlib.redirect_stdout(sys.stderr):
         result = quantkit.evaluate(
             checkpoints,
