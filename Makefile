@@ -37,7 +37,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/quantkit convert $(EXAMPLE) --format awq -o $(DEMO_OUT)/awq $(DEMO_FLAGS)
 	$(BIN)/quantkit convert $(EXAMPLE) --format gptq -o $(DEMO_OUT)/gptq $(DEMO_FLAGS)
-	$(BIN)/quantkit eval $(DEMO_OUT)/awq $(DEMO_OUT)/gptq --reference $(EXAMPLE) --dtype float32
+	$(BIN)/quantkit eval $(DEMO_OUT)/awq $(DEMO_OUT)/gptq --reference $(EXAMPLE) --dtype float32 --tokens 8192
 
 test: setup
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"

@@ -148,9 +148,11 @@ def load(
         for name in dense_names:
             if name not in carried:
                 skeleton.targets(name, reader.info(name).shape)  # shapes, before anything is read
+        bias_factors: dict[str, float] = {}
         for name, module in modules.items():
             assert found is not None
             packed = read_layer(reader, found, name, linear_shape(skeleton.modules[module])).to(device)
+            bias_factors[module + ".bias"] = found.layout.bias_factor(packed, found.config.config_for(name))
             if dequantize_weights:
                 dense = dequantize(packed, dtype or _config_dtype(reader) or torch.float32)
                 _put_dense(skeleton, module, dense)
@@ -159,6 +161,9 @@ def load(
         for name in dense_names:
             if name not in carried:
                 _put_tensor(reader, skeleton, name, device, dtype)
+        for path_of_bias, factor in bias_factors.items():
+            if factor != 1.0 and path_of_bias in skeleton.params:
+                skeleton.model.get_parameter(path_of_bias).data.mul_(factor)
     finish_model(skeleton, device)
     left = meta_tensors(skeleton.model)
     if left:

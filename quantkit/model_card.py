@@ -24,7 +24,7 @@ _HEAD_LIMIT = 256 * 1024  # characters of a source card that are looked at
 _CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
 
 _TEMPLATE = """\
-# {{ title }}
+# {{ title | cell }}
 
 {% if local -%}
 `{{ base_model | code }}` (a local directory)
@@ -246,11 +246,17 @@ def one_line(text: object, limit: int = 300) -> str:
 
 
 def running_command() -> str | None:
-    """The `quantkit` command that is running, or None when the API is called from Python."""
+    """The `quantkit` command that is running, or None when the API is called from Python.
+
+    Flags that do not change the result are left out: a resumed conversion must write the same bytes.
+    """
     import sys
 
     guard = sys.modules.get("quantkit.cli.guard")
-    return guard.command_line() if guard is not None and guard.COMMAND else None
+    if guard is None or not guard.COMMAND:
+        return None
+    line: str = guard.command_line(without=("--resume", "--overwrite", "--json", "--debug"))
+    return line
 
 
 def _code(text: object) -> str:

@@ -66,10 +66,9 @@ def compare_logits(
     asked = loader is not None
     if loader is None:
         loader, module = OWNERS.get(quant_method, OWNERS[None])
-    elif loader in LOADERS:
-        module = LOADERS[loader]
     else:
-        raise UsageError(f"unknown loader {loader!r}", hint=did_you_mean(loader, [*LOADERS, "none"]))
+        check_loader(loader)
+        module = LOADERS[loader]
     title = f"logits against {loader}"
     python, script = find_interpreter(loader, module), find_script()
     if python is None or script is None:
@@ -99,6 +98,12 @@ def compare_logits(
                 f"{_judge(plain, theirs)[1]}, with activations left unrounded as {loader} does here",
             )
     return title, ok, detail
+
+
+def check_loader(loader: str | None) -> None:
+    """UsageError unless `loader` is one that `compare_logits` knows, "none" or None."""
+    if loader is not None and loader not in (*LOADERS, "none"):
+        raise UsageError(f"unknown loader {loader!r}", hint=did_you_mean(loader, [*LOADERS, "none"]))
 
 
 def _judge(ours: Tensor, theirs: Tensor) -> tuple[bool, str]:

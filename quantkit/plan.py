@@ -96,7 +96,7 @@ def matches(pattern: str, name: str) -> bool:
     )
 
 
-def make_config(fmt: Format, options: Mapping[str, Any], source_dtype: torch.dtype) -> Any:
+def make_config(fmt: Format, options: Mapping[str, Any]) -> Any:
     """The format's validated options; UsageError in one line for what it does not know or allow."""
     known = list(fmt.Config.model_fields)
     for key in options:
@@ -108,8 +108,6 @@ def make_config(fmt: Format, options: Mapping[str, Any], source_dtype: torch.dty
         raise UsageError(
             _validation_text(fmt.name, error), hint=f"See quantkit formats {fmt.name}."
         ) from None
-    if getattr(config, "compute_dtype", None) == "auto":
-        config = merge_config(config, {"compute_dtype": str(source_dtype).removeprefix("torch.")})
     return config
 
 
@@ -144,11 +142,12 @@ def make_plan(
 ) -> ConvertPlan:
     """Decide for every linear weight; UsageError when a pattern matches nothing, an option does not
     exist, the layout cannot express an override, or (with `strict`) a layer cannot be as asked."""
-    dtype = source_dtype(reader)
-    config = make_config(fmt, options, dtype)
+    config = make_config(fmt, options)
     shapes = {info.name: info.shape for info in reader.infos()}
     unexpected = skeleton.check_complete(reader.names())
     sites = skeleton.sites(shapes)
+    biases = any(not s.skip and f"{s.module}.bias" in skeleton.params for s in sites)
+    config = fmt.resolve(config, source_dtype(reader), biases)
     calibrated = fmt.needs(config) is not Needs.NONE
     _check_patterns([*skip, *(p for p, _ in overrides)], sites)
     layers = []

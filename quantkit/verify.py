@@ -23,7 +23,7 @@ from quantkit.encoding import dequantize
 from quantkit.errors import CheckpointError, NumericsError
 from quantkit.hub import resolve_model
 from quantkit.load import QuantizedTensors, find_quantized, read_layer
-from quantkit.peer_logits import compare_logits
+from quantkit.peer_logits import check_loader, compare_logits
 from quantkit.progress import NullProgress, Progress
 from quantkit.report_types import LayerReport, Report
 from quantkit.shards import sha256_file
@@ -96,6 +96,7 @@ def verify(
     CheckpointError.
     """
     progress = progress or NullProgress()
+    check_loader(loader)
     path = resolve_model(checkpoint)
     with CheckpointReader(path) as reader:
         found = find_quantized(reader)

@@ -66,17 +66,15 @@ def cases(model: Model) -> list[Case]:
     """GPTQ and HQQ at 4, 3, 2 bits, AWQ at 4, NF4."""
     g = model.group
     out = []
-    for bits in (4, 3, 2):
-        for sym in (True, False):
-            flag = "--sym" if sym else "--asym"
-            options = {"bits": bits, "group_size": g, "sym": sym}
-            name = f"gptq-{bits}{'' if sym else '-asym'}"
-            arguments = ["--bits", str(bits), "--group-size", str(g), flag]
-            if not sym:
-                arguments += ["--format", "gptq_v2"]
-            out.append(Case(name, "gptq", options, "gptqmodel", "new", arguments))
     out.append(
-        Case("awq-4", "awq", {"group_size": g}, "autoawq", "autoawq", ["--bits", "4", "--group-size", str(g)])
+        Case(
+            "awq-4",
+            "awq",
+            {"group_size": g},
+            "autoawq",
+            "autoawq",
+            ["--bits", "4", "--group-size", str(g), "--dtype", "float32"],
+        )
     )
     for bits in (4, 3, 2):
         options = {"bits": bits, "group_size": 64}
@@ -85,6 +83,15 @@ def cases(model: Model) -> list[Case]:
         )
     out.append(Case("nf4", "nf4", {}, "bitsandbytes", "new", ["--double-quant"]))
     out.append(Case("nf4-search", "nf4", {"scale_search": True}, "bitsandbytes", "new", ["--double-quant"]))
+    for sym in (True, False):
+        for bits in (4, 3, 2):
+            flag = "--sym" if sym else "--asym"
+            options = {"bits": bits, "group_size": g, "sym": sym}
+            name = f"gptq-{bits}{'' if sym else '-asym'}"
+            arguments = ["--bits", str(bits), "--group-size", str(g), flag, "--batch-size", "8"]
+            if not sym:
+                arguments += ["--format", "gptq_v2"]
+            out.append(Case(name, "gptq", options, "gptqmodel", "new", arguments))
     return out
 
 
@@ -219,7 +226,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "build/quality")
     parser.add_argument("--models", nargs="*")
     parser.add_argument("--cases", nargs="*")
-    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=16384)
     args = parser.parse_args()

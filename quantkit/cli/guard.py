@@ -35,9 +35,9 @@ EXIT_INTERRUPTED = 130
 COMMAND: list[str] = []
 
 
-def command_line() -> str:
-    """The running command as it could be typed again."""
-    return shlex.join(["quantkit", *COMMAND])
+def command_line(*, without: tuple[str, ...] = ()) -> str:
+    """The running command as it could be typed again, leaving some flags out."""
+    return shlex.join(["quantkit", *(word for word in COMMAND if word not in without)])
 
 
 def error_line(message: str, *, prefix: str = "error: ", style: str = "red") -> None:

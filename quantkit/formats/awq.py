@@ -44,11 +44,17 @@ class AWQConfig(FormatConfig):
     """Options of `quantkit convert --format awq`."""
 
     bits: Literal[4] = Field(default=4, description="bits per weight; this layout has 4 only")
-    group_size: int = Field(default=128, description="inputs that share a scale: 32, 64, 128, or -1 for a whole row")
+    group_size: int = Field(
+        default=128, description="inputs that share a scale: 32, 64, 128, or -1 for a whole row"
+    )
     zero_point: bool = Field(default=True, description="asymmetric codes; without, every stored zero is 8")
     scale_steps: int = Field(default=20, ge=1, le=200, description="steps of the search for channel scales")
-    feedback: bool = Field(default=True, description="choose codes by GPTQ on the scaled weights instead of rounding")
-    sweeps: int = Field(default=2, ge=0, le=50, description="with feedback: scale re-fits and passes over all codes")
+    feedback: bool = Field(
+        default=True, description="choose codes by GPTQ on the scaled weights instead of rounding"
+    )
+    sweeps: int = Field(
+        default=2, ge=0, le=50, description="with feedback: scale re-fits and passes over all codes"
+    )
 
 
 class AWQ(Format):
@@ -115,23 +121,31 @@ class AWQ(Format):
         if packed.perm is not None or packed.zero is None or packed.zero.is_floating_point():
             raise ValueError("AWQ stores integer zeros and columns in their own order")
         if packed.scale.dtype != torch.float16:
-            raise ValueError(f"AWQ stores float16 scales, not {packed.scale.dtype}: round them before choosing codes")
+            raise ValueError(
+                f"AWQ stores float16 scales, not {packed.scale.dtype}: round them before choosing codes"
+            )
         return {
             "qweight": pack_words(affine_codes(packed).t()).cpu(),
             "qzeros": pack_words(packed.zero.t()).cpu(),
             "scales": packed.scale.t().contiguous().cpu(),
         }
 
-    def from_checkpoint(self, tensors: Mapping[str, Tensor], config: AWQConfig, shape: tuple[int, int]) -> PackedWeight:
+    def from_checkpoint(
+        self, tensors: Mapping[str, Tensor], config: AWQConfig, shape: tuple[int, int]
+    ) -> PackedWeight:
         """The inverse of `to_checkpoint`, checking everything; scales may be float16, bfloat16 or float32."""
         n, k = shape
         group = _group(config, k)
         if n % _PER_WORD or group < 1 or k % group:
-            raise CheckpointError(f"a {n} x {k} weight cannot be stored as AWQ with group size {config.group_size}")
+            raise CheckpointError(
+                f"a {n} x {k} weight cannot be stored as AWQ with group size {config.group_size}"
+            )
         spec = self.checkpoint_spec(shape, config)
         for name in self.suffixes:
             if name not in tensors:
-                raise CheckpointError(f"{name} is missing", hint="AWQ layers have qweight, qzeros and scales.")
+                raise CheckpointError(
+                    f"{name} is missing", hint="AWQ layers have qweight, qzeros and scales."
+                )
             found = tensors[name]
             if tuple(found.shape) != spec[name].shape:
                 raise CheckpointError(
@@ -172,18 +186,26 @@ class AWQ(Format):
                 hint="quantkit reads AWQ's gemm layout only (not gemv, gemv_fast, marlin, exllama or llm-awq).",
             )
         if mapping.get("backend") == "llm-awq":
-            raise ConfigError("quantization_config.backend 'llm-awq' is not supported", hint="Its packing differs.")
+            raise ConfigError(
+                "quantization_config.backend 'llm-awq' is not supported", hint="Its packing differs."
+            )
         bits = _integer(mapping, ("bits", "w_bit"), 4)
         if bits != 4:
-            raise ConfigError(f"quantization_config.bits {bits} is not supported", hint="AWQ's gemm layout has 4 bits.")
+            raise ConfigError(
+                f"quantization_config.bits {bits} is not supported", hint="AWQ's gemm layout has 4 bits."
+            )
         group = _integer(mapping, ("group_size", "q_group_size"), 128)
         if group != -1 and group < 1:
-            raise ConfigError(f"quantization_config.group_size {group} is not valid", hint="-1 or a positive number.")
+            raise ConfigError(
+                f"quantization_config.group_size {group} is not valid", hint="-1 or a positive number."
+            )
         zero_point = mapping.get("zero_point", True)
         if not isinstance(zero_point, bool):
             raise ConfigError(f"quantization_config.zero_point {zero_point!r} is not a boolean")
         if mapping.get("desc_act"):
-            raise ConfigError("quantization_config.desc_act is not supported", hint="AWQ files have no g_idx.")
+            raise ConfigError(
+                "quantization_config.desc_act is not supported", hint="AWQ files have no g_idx."
+            )
         names = mapping.get("modules_to_not_convert")
         if names is not None and not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
             raise ConfigError("quantization_config.modules_to_not_convert is not a list of names")

@@ -130,6 +130,10 @@ class Layout:
         """Parse `quantization_config`; ConfigError (naming the key) when it is not acceptable."""
         raise NotImplementedError
 
+    def bias_factor(self, packed: PackedWeight, config: Any) -> float:
+        """What the owner's runtime multiplies a quantized layer's stored bias with (1 but for a quirk)."""
+        return 1.0
+
     def from_checkpoint(
         self, tensors: Mapping[str, Tensor], config: Any, shape: tuple[int, int]
     ) -> PackedWeight:
@@ -148,6 +152,13 @@ class Format(Layout):
     Config: ClassVar[type[FormatConfig]]
     summary: ClassVar[str] = ""  # one line for the docs table and --help
     supports_conv1d: ClassVar[bool] = True  # do the owner's loaders accept GPT-2's Conv1D layers?
+
+    def resolve(self, config: Any, source_dtype: torch.dtype, biases: bool) -> Any:
+        """`config` with every "auto" replaced by what this source calls for; `biases` says whether any
+        layer to be quantized has one."""
+        if getattr(config, "compute_dtype", None) == "auto":
+            return merge_config(config, {"compute_dtype": str(source_dtype).removeprefix("torch.")})
+        return config
 
     def needs(self, config: Any) -> Needs:
         """What calibration `quantize` wants under these options."""

@@ -33,6 +33,7 @@ from quantkit.formats.base import (
     QuantizedLayers,
     ReadConfig,
     TensorSpec,
+    merge_config,
     note,
 )
 
@@ -45,7 +46,9 @@ class TernaryConfig(FormatConfig):
     #: What the codes and the scale minimise: the error of the layer's output (needs calibration), of
     #: its weight, or BitNet's own rule (right for models trained as BitNet, nothing else).
     fit: Literal["hessian", "weight", "absmean"] = "hessian"
-    linear_class: Literal["autobitlinear", "bitlinear"] = "autobitlinear"
+    #: transformers' class for the layers; "auto": autobitlinear, or bitlinear where layers have biases,
+    #: because transformers' AutoBitLinear multiplies the bias by the weight's scale.
+    linear_class: Literal["auto", "autobitlinear", "bitlinear"] = "auto"
     #: Passes of coordinate descent over the codes (fit=hessian).
     sweeps: int = Field(default=4, ge=1, le=100)
     #: dtype of weight_scale; "auto": the source weight's.
@@ -63,6 +66,14 @@ class Ternary(Format):
     markers: ClassVar[tuple[str, ...]] = ("weight_scale",)
     suffixes: ClassVar[tuple[str, ...]] = ("weight", "weight_scale")
     Config: ClassVar[type[FormatConfig]] = TernaryConfig
+
+    def resolve(self, config: TernaryConfig, source_dtype: torch.dtype, biases: bool) -> TernaryConfig:
+        if config.linear_class == "auto":
+            config = merge_config(config, {"linear_class": "bitlinear" if biases else "autobitlinear"})
+        return super().resolve(config, source_dtype, biases)
+
+    def bias_factor(self, packed: PackedWeight, config: TernaryConfig) -> float:
+        return float(packed.scale.flatten()[0]) if config.linear_class != "bitlinear" else 1.0
 
     def needs(self, config: TernaryConfig) -> Needs:
         return Needs.HESSIAN if config.fit == "hessian" else Needs.NONE
@@ -148,7 +159,7 @@ class Ternary(Format):
     def to_hf_config(self, layers: QuantizedLayers) -> dict[str, Any]:
         config: TernaryConfig = layers.config
         return {
-            "linear_class": config.linear_class,
+            "linear_class": "autobitlinear" if config.linear_class == "auto" else config.linear_class,
             "modules_to_not_convert": checks.skip_list(layers),
             "quant_method": self.quant_method,
             "quantization_mode": "offline",
@@ -172,7 +183,7 @@ class Ternary(Format):
 def _encode_scale(scale: float, config: TernaryConfig) -> Tensor:
     """`weight_scale` `[1]` for a multiplier, in the file's dtype, kept finite and above zero."""
     dtype = checks.resolve_dtype(config.compute_dtype)
-    value = scale if config.linear_class == "autobitlinear" else 1.0 / scale
+    value = scale if config.linear_class != "bitlinear" else 1.0 / scale
     limits = torch.finfo(dtype)
     return torch.tensor([min(max(value, limits.tiny), limits.max)], dtype=torch.float64).to(dtype)
 
@@ -180,7 +191,7 @@ def _encode_scale(scale: float, config: TernaryConfig) -> Tensor:
 def _decode_scale(stored: Tensor, config: TernaryConfig) -> float:
     """The float32 multiplier that `weight_scale` means (rounded to float32)."""
     value = stored.double().reshape(1)
-    multiplier = value if config.linear_class == "autobitlinear" else 1.0 / value
+    multiplier = value if config.linear_class != "bitlinear" else 1.0 / value
     return float(multiplier.float())
 
 

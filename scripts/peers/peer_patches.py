@@ -57,7 +57,10 @@ def llmcompressor_modifier(
         return GPTQModifier(**options), options
     if algorithm == "awq":
         from llmcompressor.modifiers.awq import AWQModifier
+        from llmcompressor.pipelines.cache import IntermediatesCache
 
+        # AWQ pins its cache for a device; without one torch refuses, and nothing is gained by it.
+        IntermediatesCache.pin_memory = lambda self, *args, **kwargs: None
         return AWQModifier(**options), options
     from llmcompressor.modifiers.quantization import QuantizationModifier
 

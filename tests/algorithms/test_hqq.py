@@ -86,8 +86,8 @@ def test_unbiased_groups_keep_their_length_along_the_weight(bits: int) -> None:
     assert torch.equal(plain.codes, best.codes) and torch.equal(plain.zero, best.zero)
     assert (projections[False] < 1).all()
     exact = (projections[True] - 1).abs() < 1e-3
-    assert exact.double().mean() > 0.9  # the others would have become worse than their start
-    assert 1 < errors(w, plain).sum() / errors(w, best).sum() < {4: 1.02, 3: 1.06, 2: 1.2, 1: 1.7}[bits]
+    assert exact.double().mean() > 0.8  # the others would have become worse than their start
+    assert 1 < errors(w, plain).sum() / errors(w, best).sum() < {4: 1.03, 3: 1.1, 2: 1.35, 1: 2.0}[bits]
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -178,5 +178,9 @@ def test_better_than_hqq_at_equal_size(bits: int, dtype: torch.dtype) -> None:
             w, nbits=bits, group_size=64, axis=1, round_zero=round_zero, bitpack=False, device="cpu"
         )
         theirs = GroupFit(codes, meta["scale"][:, 0].to(dtype), meta["zero"][:, 0].to(dtype))
-        ratio = float((errors(w, fit_groups(w, bits, dtype=dtype)).sum() / errors(w, theirs).sum()).sqrt())
-        assert ratio < {8: 1.0, 4: 0.97, 3: 0.92, 2: 0.85, 1: 0.8}[bits]
+        for unbiased, limits in (
+            (True, {8: 1.0, 4: 0.97, 3: 0.95, 2: 0.92, 1: 1.0}),
+            (False, {8: 1.0, 4: 0.97, 3: 0.92, 2: 0.85, 1: 0.8}),
+        ):
+            ours = fit_groups(w, bits, dtype=dtype, unbiased=unbiased)
+            assert (errors(w, ours).sum() / errors(w, theirs).sum()).sqrt() < limits[bits]
