@@ -126,7 +126,9 @@ class CalibratedLayers:
             start = 0
             stop = min(self.runner.micro, self.runner.ids.shape[0])
             hidden = self.runner.inputs(index, start, stop)
-            scale, found = discover_groups(layer, lambda: self.runner.run(index, start, stop, hidden, exact=True))
+            scale, found = discover_groups(
+                layer, lambda: self.runner.run(index, start, stop, hidden, exact=True)
+            )
             for path in by_path:
                 remarks[path] = list(found)
         # Statistics for every consumer, also those that stay dense: their producer may be rescaled.
@@ -180,7 +182,9 @@ def pool_unseen(stats: dict[str, LayerStats]) -> set[str]:
     the other experts), in place; returns their paths. Untouched when no sibling saw a token either."""
     unseen = {path for path, stat in stats.items() if stat.tokens == 0}
     for leaf in {path.rpartition(".")[2] for path in unseen}:
-        seen = {id(s): s for path, s in stats.items() if path.rpartition(".")[2] == leaf and s.tokens}.values()
+        seen = {
+            id(s): s for path, s in stats.items() if path.rpartition(".")[2] == leaf and s.tokens
+        }.values()
         if not seen:
             continue
         pooled = LayerStats(sum(s.tokens for s in seen))

@@ -243,6 +243,8 @@ def _plan_site(
         return keep(fit.note)
     after = sum(spec.nbytes for spec in fmt.checkpoint_spec(site.shape, fit.config).values())
     note = fit.note
+    if fmt.experts_note and ".experts." in f".{site.module}":
+        note = "; ".join(n for n in (note, fmt.experts_note) if n)
     if site.conv1d and not fmt.supports_conv1d:
         note = "; ".join(
             n for n in (note, "a Conv1D layer: quantkit reads it, the format's own loaders do not") if n

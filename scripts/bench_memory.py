@@ -22,7 +22,6 @@ import torch, transformers.models.llama.modeling_llama, quantkit.convert, quantk
 from quantkit.formats import get_format
 source, out, fmt, group = sys.argv[1:5]
 get_format(fmt)
-torch.set_num_threads(2)
 with open("/proc/self/status") as f:
     base = next(int(l.split()[1]) for l in f if l.startswith("VmRSS")) * 1024
 with open("/proc/self/clear_refs", "w") as f:

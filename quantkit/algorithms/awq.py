@@ -171,7 +171,9 @@ def _pool_unseen(group: ScaleGroup, targets: list[str], stats: MutableMapping[st
     pooled = dataclasses.replace(first, tokens=tokens, hessian=hessian, abs_sum=abs_sum)
     for path in unseen:
         stats[path] = pooled
-    return [f"no calibration tokens reached {', '.join(unseen)}: statistics of all consumers of {group.producer}"]
+    return [
+        f"no calibration tokens reached {', '.join(unseen)}: statistics of all consumers of {group.producer}"
+    ]
 
 
 def _mean_activation(
@@ -376,7 +378,9 @@ def fit_clipped(
     scale, zero = start.clone(), start_zero.clone()
 
     def offer(new_scale: Tensor, new_zero: Tensor) -> None:
-        level = encode(blocks, new_scale.unsqueeze(2), new_zero.unsqueeze(2), grid.top) - new_zero.unsqueeze(2)
+        level = encode(blocks, new_scale.unsqueeze(2), new_zero.unsqueeze(2), grid.top) - new_zero.unsqueeze(
+            2
+        )
         error = level.mul_(new_scale.unsqueeze(2)).sub_(blocks)
         loss = (torch.bmm(error, curve) * error).sum(2)
         better = loss < best

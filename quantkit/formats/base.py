@@ -151,6 +151,8 @@ class Format(Layout):
 
     Config: ClassVar[type[FormatConfig]]
     summary: ClassVar[str] = ""  # one line for the docs table and --help
+    #: "" when the owner's loaders read routed experts, else what to tell the user.
+    experts_note: ClassVar[str] = ""
     supports_conv1d: ClassVar[bool] = True  # do the owner's loaders accept GPT-2's Conv1D layers?
 
     def resolve(self, config: Any, source_dtype: torch.dtype, biases: bool) -> Any:

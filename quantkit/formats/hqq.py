@@ -104,6 +104,9 @@ class HQQ(Format):
     )
     Config: ClassVar[type[FormatConfig]] = HQQConfig
     summary: ClassVar[str] = "half-quadratic quantization, 8 to 1 bits, no calibration"
+    experts_note: ClassVar[str] = (
+        "hqq and transformers 5 keep experts fused and do not read quantized ones; quantkit does"
+    )
     supports_conv1d: ClassVar[bool] = False
 
     def needs(self, config: HQQConfig) -> Needs:

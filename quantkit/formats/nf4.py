@@ -75,6 +75,9 @@ class NF4(Format):
     name: ClassVar[str] = "nf4"
     quant_method: ClassVar[str] = "bitsandbytes"
     summary: ClassVar[str] = "4-bit normal-float codebook in blocks of 64; no calibration"
+    experts_note: ClassVar[str] = (
+        "transformers 5 keeps experts fused and does not read 4-bit ones; quantkit does"
+    )
     loaders: ClassVar[tuple[str, ...]] = ("transformers + bitsandbytes", "vLLM")
     markers: ClassVar[tuple[str, ...]] = (_STATE + "nf4", _STATE + "fp4")
     suffixes: ClassVar[tuple[str, ...]] = (

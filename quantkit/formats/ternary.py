@@ -61,6 +61,9 @@ class Ternary(Format):
     name: ClassVar[str] = "ternary"
     quant_method: ClassVar[str] = "bitnet"
     summary: ClassVar[str] = "2-bit storage of {-1, 0, 1} with one scale per weight, int8 inputs"
+    experts_note: ClassVar[str] = (
+        "transformers keeps experts fused and does not read packed ones; quantkit does"
+    )
     loaders: ClassVar[tuple[str, ...]] = ("transformers",)
     supports_conv1d: ClassVar[bool] = False  # transformers replaces nn.Linear only
     markers: ClassVar[tuple[str, ...]] = ("weight_scale",)
