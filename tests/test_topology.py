@@ -88,7 +88,9 @@ def test_random_scales_leave_the_output_unchanged(model_type: str) -> None:
         before = run_layer(call)
         covered = {c for g in groups for c in g.consumers}
         linears = {n for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
-        assert linears - covered <= {"mlp.shared_expert_gate"}, "every linear of these families is fed by a group"
+        assert linears - covered <= {"mlp.shared_expert_gate"}, (
+            "every linear of these families is fed by a group"
+        )
         for group in groups:
             scale = torch.exp2(torch.rand(group.width) * 4 - 2)
             apply_scale(layer, group, scale)
@@ -135,7 +137,9 @@ def test_zero_norm_weights_keep_scale_one() -> None:
     assert distance(run_layer(call), before) < 1e-5
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2", "phi3", "cohere", "gpt_neox", "phi", "olmo2"])
+@pytest.mark.parametrize(
+    "model_type", ["llama", "qwen3", "gemma2", "phi3", "cohere", "gpt_neox", "phi", "olmo2"]
+)
 def test_discovery_finds_groups_by_experiment(model_type: str) -> None:
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(model_type, **TINY)

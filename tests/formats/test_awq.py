@@ -231,7 +231,9 @@ def transformers_skips(entries: list[str], name: str) -> bool:
     return any(re.match(rf"(?:{e})(?:(?<=\.)|(?=\.|$))", name) or name.endswith(e) for e in entries)
 
 
-LINEARS = [f"model.layers.{i}.{m}" for i in range(12) for m in ("self_attn.q_proj", "mlp.gate_proj", "mlp.down_proj")]
+LINEARS = [
+    f"model.layers.{i}.{m}" for i in range(12) for m in ("self_attn.q_proj", "mlp.gate_proj", "mlp.down_proj")
+]
 
 
 def test_skipped_everywhere_is_understood_by_all_loaders() -> None:
@@ -254,7 +256,7 @@ def test_skipped_in_one_layer_is_named_in_full() -> None:
 
 
 def test_a_router_does_not_take_gate_proj_along() -> None:
-    """"mlp.gate" is a substring of "mlp.gate_proj": the full name is written where both exist."""
+    """ "mlp.gate" is a substring of "mlp.gate_proj": the full name is written where both exist."""
     kept = ["model.layers.0.mlp.gate_proj", "model.layers.1.mlp.experts.0.gate_proj"]
     entries = not_converted(layers(kept, ["model.layers.1.mlp.gate"]))
     assert entries == ["model.layers.1.mlp.gate"]
@@ -285,7 +287,9 @@ def test_quantize_returns_codes_for_the_stored_scales(feedback: bool, zero_point
     before = weight.clone()
     packed = awq.quantize(weight, config, stats)
     assert torch.equal(weight, before)
-    assert packed.scale.dtype == torch.float16 and packed.zero is not None and packed.zero.dtype == torch.uint8
+    assert (
+        packed.scale.dtype == torch.float16 and packed.zero is not None and packed.zero.dtype == torch.uint8
+    )
     if not zero_point:
         assert (packed.zero == 8).all() and (packed.scale > 0).all()
     back = awq.from_checkpoint(awq.to_checkpoint(packed, config), config, (24, 64))
@@ -366,7 +370,9 @@ def write_tiny(path: Path, skip_down: bool) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.peer
-@pytest.mark.parametrize("peer, loader", [("autoawq", "autoawq"), ("new", "transformers"), ("new", "gptqmodel")])
+@pytest.mark.parametrize(
+    "peer, loader", [("autoawq", "autoawq"), ("new", "transformers"), ("new", "gptqmodel")]
+)
 @pytest.mark.parametrize("skip_down", [False, True])
 def test_peers_read_our_files(tmp_path: Path, peer: str, loader: str, skip_down: bool) -> None:
     python = peer_python(peer)
