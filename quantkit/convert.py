@@ -132,6 +132,13 @@ def convert(
             if workers.rank == 0:
                 with CheckpointWriter(output, **args) as writer:  # type: ignore[arg-type]
                     _run(plan, writer, data, where, compute, workers, progress, result)
+                    errors = (
+                        "name",
+                        "action",
+                        "weight_error",
+                        "output_error",
+                    )  # no times: resuming must not show
+                    provenance["layers"] = [{k: r.to_json()[k] for k in errors} for r in result.layers]
                     writer.provenance = provenance
                     _finish(plan, writer, result, started, command, strict)
             else:

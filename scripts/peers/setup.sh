@@ -2,7 +2,7 @@
 # Make the environments of the peer tools (docs/peers.md): setup.sh [TARGET] [new|autoawq|llmc ...]
 # TARGET defaults to .peers in the repository. Safe to run again: an environment whose requirements
 # have not changed is left alone. PYTHON (python3.11) and TORCH_PIP_ARGS may be set; on a machine whose
-# pip would fetch a CUDA build, TORCH_PIP_ARGS="--index-url https://download.pytorch.org/whl/cpu".
+# pip would fetch a CUDA build, TORCH_PIP_ARGS names the index of CPU builds ("--index-url ...").
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
