@@ -149,8 +149,9 @@ def _read_text(path: Path) -> str:
         raise CalibrationError(f"{path}: {error.strerror}", hint="Check the file.") from None
 
 
-def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(_read_text(path).splitlines(), 1):
+def json_rows(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+    """(line number, parsed value) of the lines of jsonl `text` that came from `path`; blank ones are skipped."""
+    for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
         try:
@@ -159,6 +160,11 @@ def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
             raise CalibrationError(
                 f"{path}, line {number}: not JSON", hint="Each line must be one JSON object."
             ) from None
+        yield number, row
+
+
+def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    for number, row in json_rows(path, _read_text(path)):
         if not isinstance(row, dict) or not ({"text", "input_ids", "messages"} & row.keys()):
             raise CalibrationError(
                 f'{path}, line {number}: no "text" or "input_ids"', hint="Add one of them."

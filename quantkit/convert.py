@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import resource
 import sys
@@ -272,7 +273,7 @@ def _finish(
     result.size_before = plan.reader.total_bytes
     result.size_after = plan.size_after()
     result.bits_per_weight = sum(p.size_after for p in quantized) * 8 / max(1, weights)
-    total = sum(_count(i.shape) for i in plan.reader.infos())
+    total = sum(math.prod(i.shape) for i in plan.reader.infos())
     result.bits_per_weight_model = result.size_after * 8 / max(1, total)
     result.peak_rss = peak_rss()
     result.peak_device_memory = peak_device_memory()
@@ -291,13 +292,6 @@ def _finish(
     )
     writer.add_bytes("README.md", card.encode())
     writer.publish()
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    out = 1
-    for extent in shape:
-        out *= extent
-    return out
 
 
 def peak_rss() -> int:

@@ -7,6 +7,7 @@ order of magnitude, not a promise.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from pathlib import Path
@@ -49,7 +50,7 @@ def plan_report(
     weights = sum(p.site.shape[0] * p.site.shape[1] for p in quantized)
     largest = max((p.site.shape[0] * p.site.shape[1] for p in quantized), default=0)
     size_after = plan.size_after()
-    total = sum(_numel(i.shape) for i in plan.reader.infos())
+    total = sum(math.prod(i.shape) for i in plan.reader.infos())
     seconds = _seconds(plan, weights, data, device)
     memory = _memory(plan, largest, data)
     on_device = device.type != "cpu"
@@ -116,10 +117,3 @@ def _free(output: str | os.PathLike[str] | None) -> int | None:
     while not where.exists():
         where = where.parent
     return shutil.disk_usage(where).free
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    out = 1
-    for extent in shape:
-        out *= extent
-    return out

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
 from quantkit.checkpoint import CheckpointReader
 from quantkit.errors import CheckpointError, UsageError, did_you_mean
-from quantkit.formats.base import Format, Needs, QuantizedLayers, merge_config
+from quantkit.formats.base import Format, Needs, QuantizedLayers
+from quantkit.options import build_config
 from quantkit.skeleton import Site, Skeleton
 
 #: Streaming units end once they hold this many source bytes, so that memory does not grow with a layer.
@@ -96,27 +96,6 @@ def matches(pattern: str, name: str) -> bool:
     )
 
 
-def make_config(fmt: Format, options: Mapping[str, Any]) -> Any:
-    """The format's validated options; UsageError in one line for what it does not know or allow."""
-    known = list(fmt.Config.model_fields)
-    for key in options:
-        if key not in known:
-            raise UsageError(f"format {fmt.name} has no option {key!r}", hint=did_you_mean(key, known))
-    try:
-        config = fmt.Config.model_validate(dict(options))
-    except ValidationError as error:
-        raise UsageError(
-            _validation_text(fmt.name, error), hint=f"See quantkit formats {fmt.name}."
-        ) from None
-    return config
-
-
-def _validation_text(name: str, error: ValidationError) -> str:
-    first = error.errors()[0]
-    where = ".".join(str(p) for p in first["loc"]) or "options"
-    return f"format {name}: {where}: {first['msg'].removeprefix('Value error, ')} (got {first['input']!r})"
-
-
 def source_dtype(reader: CheckpointReader) -> torch.dtype:
     """The dtype that holds most of the checkpoint's floating point bytes."""
     totals: dict[torch.dtype, int] = {}
@@ -142,7 +121,7 @@ def make_plan(
 ) -> ConvertPlan:
     """Decide for every linear weight; UsageError when a pattern matches nothing, an option does not
     exist, the layout cannot express an override, or (with `strict`) a layer cannot be as asked."""
-    config = make_config(fmt, options)
+    config: Any = build_config(fmt, options)
     shapes = {info.name: info.shape for info in reader.infos()}
     unexpected = skeleton.check_complete(reader.names())
     sites = skeleton.sites(shapes)
@@ -225,16 +204,7 @@ def _plan_site(
         return keep(f"its dtype is {str(info.dtype).removeprefix('torch.')}")
     own = config
     if override is not None:
-        unknown = [k for k in override if k not in fmt.Config.model_fields]
-        if unknown:
-            raise UsageError(
-                f"format {fmt.name} has no option {unknown[0]!r}",
-                hint=did_you_mean(unknown[0], list(fmt.Config.model_fields)),
-            )
-        try:
-            own = merge_config(config, override)
-        except ValidationError as error:
-            raise UsageError(_validation_text(fmt.name, error)) from None
+        own = build_config(fmt, {**config.model_dump(), **override}, f"override for {site.name!r}: ")
         problem = fmt.check_overrides(config, own)
         if problem:
             raise UsageError(f"override for {site.name!r}: {problem}")

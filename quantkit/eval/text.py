@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantkit.calibration_data import json_rows
 from quantkit.errors import CalibrationError, UsageError, did_you_mean
 
 BUILTIN_TOKENS = 16384  # evaluated on the built-in text unless more are asked for
@@ -126,15 +126,7 @@ def _plain(path: Path, limit: int | None) -> str:
 def _jsonl(path: Path, limit: int | None) -> str:
     texts: list[str] = []
     size = 0
-    for number, line in enumerate(_plain(path, None).splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            raise CalibrationError(
-                f"{path}, line {number}: not JSON", hint="Each line must be one JSON object."
-            ) from None
+    for number, row in json_rows(path, _plain(path, None)):
         value = row.get("text") if isinstance(row, dict) else None
         if not isinstance(value, str):
             raise CalibrationError(f'{path}, line {number}: no "text"', hint='Rows must be {"text": "..."}.')
