@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -29,6 +28,7 @@ from quantkit.errors import CheckpointError, NumericsError, UsageError
 from quantkit.formats import get_format
 from quantkit.hub import resolve_model
 from quantkit.load import load_tokenizer, parse_dtype, quantization_config
+from quantkit.memory import peak_device_memory, peak_rss, release_freed
 from quantkit.plan import ConvertPlan, make_plan
 from quantkit.progress import NullProgress, Progress
 from quantkit.publish import CheckpointWriter
@@ -239,6 +239,8 @@ def _run(
             result.layers.extend(reports)
             if runner is not None:
                 runner.done(unit)
+            del tensors
+            release_freed()
     finally:
         progress.finish()
 
@@ -292,16 +294,3 @@ def _finish(
     )
     writer.add_bytes("README.md", card.encode())
     writer.publish()
-
-
-def peak_rss() -> int:
-    """Highest resident memory of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def peak_device_memory() -> int | None:
-    """Highest memory allocated on the accelerator so far, in bytes; None without one."""
-    if not torch.accelerator.is_available():
-        return None
-    return int(torch.accelerator.max_memory_allocated())

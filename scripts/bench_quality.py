@@ -66,13 +66,9 @@ def cases(model: Model) -> list[Case]:
     """GPTQ and HQQ at 4, 3, 2 bits, AWQ at 4, NF4."""
     g = model.group
     out = []
-    # AutoAWQ 0.2.9 comes out worse than plain rounding on this machine (docs/benchmarks/quality.md), so
-    # GPTQModel's AWQ is asked too.
     small = 32 if g == 64 else g  # AutoAWQ stops where a layer's inputs do not divide
-    for tool, venv, extra in (("gptqmodel-awq", "new", []), ("autoawq", "autoawq", ["--dtype", "float32"])):
-        name = "awq-4" if tool == "autoawq" else "awq-4-gptqmodel"
-        arguments = ["--bits", "4", "--group-size", str(small), *extra]
-        out.append(Case(name, "awq", {"group_size": small}, tool, venv, arguments))
+    arguments = ["--bits", "4", "--group-size", str(small), "--dtype", "float32"]
+    out.append(Case("awq-4", "awq", {"group_size": small}, "autoawq", "autoawq", arguments))
     for bits in (4, 3, 2):
         options = {"bits": bits, "group_size": 64}
         out.append(
@@ -118,8 +114,13 @@ def calibration(model: Model, folder: Path, samples: int, seqlen: int) -> tuple[
 OURS = """
 import json, sys, time, torch, quantkit, quantkit.calibrated, quantkit.convert
 from quantkit.formats import get_format
+from quantkit.load import load_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 source, out, fmt, options, calibration, samples, seqlen = sys.argv[1:8]
 get_format(fmt)
+with torch.device("meta"):  # what transformers imports lazily is not counted for the peers either
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+load_tokenizer(source)
 with open("/proc/self/clear_refs", "w") as f:
     f.write("5")
 read = lambda key: next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(key)) * 1024
@@ -151,7 +152,7 @@ def run_peer(model: Model, case: Case, out: Path, jsonl: Path, peers: Path) -> d
         return {"failed": done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no message"}
     timing = json.loads((out / "timing.json").read_text())
     return {
-        "seconds": timing["seconds"]["quantize"],
+        "seconds": sum(timing["seconds"].values()),  # load, quantize and save, as ours
         "peak_over_base": timing["peak_rss_over_base_mib"] * 2**20,
     }
 

@@ -29,6 +29,27 @@ def allow_autoawq_without_ipex() -> None:
     awq.models.base.get_best_device = lambda: "cpu:0"
 
 
+def keep_autoawq_weights_apart() -> None:
+    """autoawq keeps the weights it tries scales on with `.cpu()`, which copies on a GPU only.
+
+    On a CPU the kept tensor is the weight itself: the first trial's `mul_` stays in it, and every layer
+    ends up multiplied by the scales of ratio 0. A clone restores what a GPU does.
+    """
+    from awq.quantize.quantizer import AwqQuantizer
+
+    search = AwqQuantizer._compute_best_scale
+
+    def with_copies(self: Any, x: Any, w_mean: Any, x_mean: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
+        state_dict = module.state_dict
+        module.state_dict = lambda: {name: value.clone() for name, value in state_dict().items()}
+        try:
+            return search(self, x, w_mean, x_mean, module, *args, **kwargs)
+        finally:
+            del module.state_dict
+
+    AwqQuantizer._compute_best_scale = with_copies
+
+
 def llmcompressor_modifier(
     algorithm: str,
     scheme: str,

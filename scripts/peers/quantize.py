@@ -114,7 +114,9 @@ def run_gptqmodel(args: argparse.Namespace, source: Path) -> tuple[Meter, Option
 
 def run_autoawq(args: argparse.Namespace, source: Path) -> tuple[Meter, Options]:
     from awq import AutoAWQForCausalLM
+    from peer_patches import keep_autoawq_weights_apart
 
+    keep_autoawq_weights_apart()
     rows = calibration(args)
     zero_point = True if args.sym is None else not args.sym
     wanted = {
