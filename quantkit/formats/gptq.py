@@ -64,6 +64,10 @@ class GPTQConfig(FormatConfig):
     damp_percent: float = Field(0.05, gt=0, lt=1, description="damping, as a share of the mean diagonal")
     search: Search = Field("importance", description="how scales are chosen: minmax, mse or importance")
     signed_scale: bool = Field(True, description="symmetric scales may be negative where that fits")
+    ragged: bool = Field(
+        False,
+        description="also shapes that end inside a word or a group: gptqmodel reads them, vLLM does not",
+    )
     sweeps: int = Field(2, ge=0, le=100, description="passes of scale re-fit and code descent after GPTQ")
 
     @field_validator("group_size")
@@ -105,10 +109,11 @@ class GPTQ(Format):
 
     def fit(self, shape: tuple[int, int], config: GPTQConfig) -> Fit:
         n, k = shape
+        ragged = config.ragged and config.bits != 3  # gptqmodel packs 3 bits in whole words only
         for extent, what in ((k, "in_features"), (n, "out_features")):
-            if extent * config.bits % 32:
+            if extent * config.bits % 32 and not ragged:
                 return Fit(None, f"{what} {extent} x {config.bits} bits does not fill whole 32-bit words")
-        if config.group_size == -1 or k % config.group_size == 0:
+        if config.group_size == -1 or k % config.group_size == 0 or config.ragged:
             return Fit(config)
         smaller = [g for g in _SMALLER_GROUPS if g < config.group_size and k % g == 0]
         chosen = smaller[0] if smaller else -1

