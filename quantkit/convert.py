@@ -288,7 +288,7 @@ def _finish(
     card = render_model_card(
         result,
         base_model=result.source,
-        loaders=plan.format.loaders,
+        loaders=plan.format.readers(plan.config),
         source_card=source_card,
         command=command,
     )

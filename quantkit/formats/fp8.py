@@ -82,6 +82,12 @@ class FP8(Format):
     suffixes: ClassVar[tuple[str, ...]] = ("weight", "weight_scale_inv", "activation_scale")
     Config: ClassVar[type[FormatConfig]] = FP8Config
 
+    def readers(self, config: FP8Config) -> tuple[str, ...]:
+        """vLLM and SGLang take transformers' files in blocks only (`weight_scale_inv` of a grid)."""
+        if config.layout == "compressed-tensors":
+            return ("vLLM", "SGLang", "transformers + compressed-tensors")
+        return self.loaders if config.scheme == "block" else ("transformers",)
+
     def needs(self, config: FP8Config) -> Needs:
         return Needs.HESSIAN if config.activation == "static" else Needs.NONE  # LayerStats.abs_max
 

@@ -98,11 +98,16 @@ class GPTQ(Format):
 
     name: ClassVar[str] = "gptq"
     quant_method: ClassVar[str] = "gptq"
-    loaders: ClassVar[tuple[str, ...]] = ("gptqmodel", "vllm", "sglang", "transformers")
+    loaders: ClassVar[tuple[str, ...]] = ("gptqmodel", "vLLM", "SGLang", "transformers")
     markers: ClassVar[tuple[str, ...]] = ("qweight",)
     suffixes: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales", "g_idx")
     Config: ClassVar[type[FormatConfig]] = GPTQConfig
     summary: ClassVar[str] = "2/3/4/8-bit integers in groups, calibrated with GPTQ"
+
+    def readers(self, config: GPTQConfig) -> tuple[str, ...]:
+        """vLLM 0.32 and SGLang's Marlin path take symmetric codes of 4 or 8 bits in the order of the inputs."""
+        served = config.sym and config.bits in (4, 8) and not config.desc_act and not config.ragged
+        return self.loaders if served else ("gptqmodel", "transformers")
 
     def needs(self, config: GPTQConfig) -> Needs:
         return Needs.HESSIAN

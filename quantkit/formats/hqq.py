@@ -95,7 +95,6 @@ class HQQ(Format):
     loaders: ClassVar[tuple[str, ...]] = (
         "hqq (HQQLinear)",
         "transformers 4.x with hqq, on a GPU",
-        "vLLM (4 bits, groups of 64)",
     )
     markers: ClassVar[tuple[str, ...]] = ("W_q",)
     suffixes: ClassVar[tuple[str, ...]] = (

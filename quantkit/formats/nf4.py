@@ -78,7 +78,7 @@ class NF4(Format):
     experts_note: ClassVar[str] = (
         "transformers 5 keeps experts fused and does not read 4-bit ones; quantkit does"
     )
-    loaders: ClassVar[tuple[str, ...]] = ("transformers + bitsandbytes", "vLLM")
+    loaders: ClassVar[tuple[str, ...]] = ("transformers + bitsandbytes",)
     markers: ClassVar[tuple[str, ...]] = (_STATE + "nf4", _STATE + "fp4")
     suffixes: ClassVar[tuple[str, ...]] = (
         "weight",

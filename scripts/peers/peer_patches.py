@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 
@@ -50,6 +51,18 @@ def keep_autoawq_weights_apart() -> None:
             del module.state_dict
 
     AwqQuantizer._compute_best_scale = with_copies
+
+
+def leave_out_autoawq_layers(model: Any, part: str) -> None:
+    """autoawq searches scales for modules_to_not_convert too, and asserts their shapes; leave them out."""
+    every = model.get_layers_for_scaling
+
+    def wanted(layer: Any, inputs: dict[str, Any], kwargs: Any) -> list[dict[str, Any]]:
+        names = {id(module): name for name, module in layer.named_modules()}
+        found = every(layer, defaultdict(lambda: None, inputs), kwargs)  # no inputs of layers left out
+        return [group for group in found if all(part not in names[id(linear)] for linear in group["layers"])]
+
+    model.get_layers_for_scaling = wanted
 
 
 def llmcompressor_modifier(

@@ -95,6 +95,7 @@ def run_gptqmodel(args: argparse.Namespace, source: Path) -> tuple[Meter, Option
         mse=args.mse,
         # "auto" would compile a C++ packer for minutes; it changes the speed, not the bytes.
         pack_impl="original",
+        dynamic={f"-:.*{args.skip}": {}} if args.skip else None,
     )
     config = QuantizeConfig(**wanted, **({"method": "awq"} if args.tool == "gptqmodel-awq" else {}))
     meter = Meter()
@@ -114,7 +115,7 @@ def run_gptqmodel(args: argparse.Namespace, source: Path) -> tuple[Meter, Option
 
 def run_autoawq(args: argparse.Namespace, source: Path) -> tuple[Meter, Options]:
     from awq import AutoAWQForCausalLM
-    from peer_patches import keep_autoawq_weights_apart
+    from peer_patches import keep_autoawq_weights_apart, leave_out_autoawq_layers
 
     keep_autoawq_weights_apart()
     rows = calibration(args)
@@ -124,6 +125,7 @@ def run_autoawq(args: argparse.Namespace, source: Path) -> tuple[Meter, Options]
         "q_group_size": args.group_size or 128,
         "w_bit": args.bits or 4,
         "version": (args.format or "gemm").upper(),
+        **given(modules_to_not_convert=[args.skip] if args.skip else None),
     }
     meter = Meter()
     with meter.phase("load"):
@@ -133,6 +135,8 @@ def run_autoawq(args: argparse.Namespace, source: Path) -> tuple[Meter, Options]
             use_cache=False,
             **given(torch_dtype=None if args.dtype == "auto" else dtype_of(args.dtype, source)),
         )
+    if args.skip:
+        leave_out_autoawq_layers(model, args.skip)
     calib = {"max_calib_samples": len(rows), "max_calib_seq_len": len(rows[0])}
     with meter.phase("quantize"):
         model.quantize(None, quant_config=wanted, calib_data=rows, apply_clip=args.clip, **calib)
@@ -360,6 +364,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--clip", action=argparse.BooleanOptionalAction, default=True, help="autoawq's clip search"
     )
+    parser.add_argument("--skip", help="gptqmodel, autoawq: leave modules with this in their name alone")
     parser.add_argument("--mse", type=float, help="gptqmodel's mse exponent (0: off)")
     parser.add_argument(
         "--format", help="gptqmodel: gptq, gptq_v2; autoawq: gemm, gemv; hqq: safetensors, pt"

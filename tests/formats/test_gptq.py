@@ -464,9 +464,58 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("sym", [True, False])
+def test_ragged_shapes_end_in_a_short_group_and_a_padded_word(bits: int, sym: bool) -> None:
+    """As gptqmodel lays out 172 inputs: ceil(172 * bits / 32) words, ceil(172 / 32) groups."""
+    n, k = 44, 172
+    weight = torch.randn(n, k)
+    plain = GPTQConfig(bits=bits, group_size=32, sym=sym)
+    config = GPTQConfig(bits=bits, group_size=32, sym=sym, ragged=True)
+    fit = GPTQ_FORMAT.fit((n, k), plain)
+    assert fit.config is None or fit.config.group_size != 32  # left out, or one group per row, by default
+    assert GPTQ_FORMAT.fit((n, k), config).config == config
+    packed = GPTQ_FORMAT.quantize(weight, config, random_stats(k))
+    tensors = GPTQ_FORMAT.to_checkpoint(packed, config)
+    assert tensors["qweight"].shape == (-(-k * bits // 32), n)
+    assert tensors["qzeros"].shape == (6, -(-n * bits // 32)) and tensors["scales"].shape == (6, n)
+    spec = GPTQ_FORMAT.checkpoint_spec((n, k), config)
+    assert {s: tuple(t.shape) for s, t in tensors.items()} == {s: t.shape for s, t in spec.items()}
+    again = GPTQ_FORMAT.from_checkpoint(tensors, config, (n, k))
+    assert torch.equal(dequantize(again), dequantize(packed))
+    assert (dequantize(packed) - weight).norm() < {2: 0.6, 4: 0.13, 8: 0.01}[bits] * weight.norm()
+
+
+def test_three_bits_are_never_ragged() -> None:
+    assert GPTQ_FORMAT.fit((44, 172), GPTQConfig(bits=3, ragged=True)).config is None
+
+
+@pytest.mark.parametrize(
+    "options, served",
+    [
+        ({}, True),
+        ({"bits": 8}, True),
+        ({"bits": 3}, False),
+        ({"sym": False}, False),
+        ({"desc_act": True}, False),
+    ],
+)
+def test_vllm_is_named_only_for_files_that_it_reads(options: dict, served: bool) -> None:
+    """What vLLM 0.32 itself accepts and refuses: docs/peers.md."""
+    assert ("vLLM" in GPTQ_FORMAT.readers(GPTQConfig(**options))) is served
+
+
 @pytest.mark.peer
 @pytest.mark.parametrize(
-    "options", [{}, {"bits": 3}, {"sym": False, "bits": 2}, {"desc_act": True}, {"bits": 8}]
+    "options",
+    [
+        {},
+        {"bits": 3},
+        {"sym": False, "bits": 2},
+        {"desc_act": True},
+        {"bits": 8},
+        {"ragged": True, "group_size": 32},
+    ],
 )
 def test_gptqmodel_reads_what_quantkit_writes(options: dict, tmp_path: Path) -> None:
     """gptqmodel's dequantized weights and logits against quantkit's, on a small random Llama."""
@@ -479,12 +528,13 @@ def test_gptqmodel_reads_what_quantkit_writes(options: dict, tmp_path: Path) -> 
 
     torch.manual_seed(0)
     small = LlamaConfig(
-        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=128, hidden_size=64, intermediate_size=84 if options.get("ragged") else 96,
+        num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=False, rope_theta=5000.0,
         pad_token_id=0,
     )  # fmt: skip
     model = LlamaForCausalLM(small).eval()
-    default = GPTQConfig(group_size=64, **options)
+    default = GPTQConfig(**{"group_size": 64, **options})
     layers, state = QuantizedLayers(default, skipped={"lm_head": "default"}), {}
     for name, parameter in list(model.state_dict().items()):
         module, _, leaf = name.rpartition(".")
