@@ -78,7 +78,7 @@ def load_calibration(
             texts = iter([_row_text(path, i, row) for i, row in enumerate(rows, 1)])
         elif path.is_file():
             texts = iter([_read_text(path)])
-        elif path.exists():
+        elif path.exists() and not path.is_dir():  # a folder may be a dataset
             raise CalibrationError(f"{path} is not a file", hint="Give a text or jsonl file.")
         elif path.suffix in (".txt", ".jsonl", ".json", ".md"):
             raise CalibrationError(

@@ -28,7 +28,7 @@ from quantkit.errors import CheckpointError, NumericsError, UsageError
 from quantkit.formats import get_format
 from quantkit.hub import resolve_model
 from quantkit.load import load_tokenizer, parse_dtype, quantization_config
-from quantkit.memory import peak_device_memory, peak_rss, release_freed
+from quantkit.memory import map_large_tensors, peak_device_memory, peak_rss, release_freed
 from quantkit.plan import ConvertPlan, make_plan
 from quantkit.progress import NullProgress, Progress
 from quantkit.publish import CheckpointWriter
@@ -95,7 +95,7 @@ def convert(
                 f"{path} is already quantized ({present['quant_method']})",
                 hint="Give the checkpoint it was made from.",
             )
-        skeleton = Skeleton(path, reader.config, trust_remote_code=trust_remote_code)
+        skeleton = Skeleton(path, reader.config, trust_remote_code=trust_remote_code, weights=reader)
         plan = make_plan(reader, skeleton, fmt, options or {}, skip=skip, overrides=overrides, strict=strict)
         data = (
             _calibration(plan, path, calibration, samples, seqlen, seed, trust_remote_code)
@@ -208,6 +208,7 @@ def _run(
     progress.start(
         sum(p.config is not None for p in plan.layers), f"{plan.format.name}: {plan.reader.path.name}"
     )
+    map_large_tensors()
     completed: set[str] = set(workers.share(list(writer.completed) if writer else None))
     runner = None
     if plan.calibrated:

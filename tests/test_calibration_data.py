@@ -83,3 +83,27 @@ def test_paths_that_are_no_file(tokenizer, source, tmp_path, monkeypatch):
 def test_nothing_asked_for(tokenizer):
     with pytest.raises(CalibrationError):
         load("builtin", tokenizer, samples=0)
+
+
+def test_a_dataset_id_is_streamed(tokenizer, tmp_path):
+    """A folder that the `datasets` package reads; a hub id differs only in where the rows come from."""
+    pytest.importorskip("datasets")
+    rows = [{"text": "".join(chr(32 + (i * 7 + j) % 90) for i in range(60))} for j in range(20)]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "data" / "test.jsonl").write_text(json.dumps({"text": "x" * 400}))
+    found = load(str(tmp_path / "data"), tokenizer, samples=8)
+    assert found.ids.shape == (8, 16)
+    other = load(f"{tmp_path / 'data'}::test", tokenizer, samples=4)
+    assert other.ids.unique().tolist() == [ord("x")] or len(other.ids.unique()) == 1
+    with pytest.raises(CalibrationError, match="nosuchsplit"):
+        load(f"{tmp_path / 'data'}::nosuchsplit", tokenizer)
+
+
+def test_a_dataset_id_without_the_package_says_what_to_do(tokenizer, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(CalibrationError, match="needs the datasets package") as caught:
+        load("somebody/some-corpus", tokenizer)
+    assert "pip install datasets" in str(caught.value.hint)
