@@ -14,16 +14,20 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 EXAMPLE ?= examples/pydoc-llama-7m
 DEMO_OUT ?= demo-out
 DEMO_FLAGS ?= --samples 32 --seqlen 256 --overwrite
+REPORT_OUT ?= report-out
+REPORT_FORMATS ?= nf4,gptq:4,awq:4,hqq:4:g64,fp8,ternary
 
-.PHONY: help setup demo test test-all check format peers clean
+.PHONY: help setup demo report test test-all check format peers kernels clean
 
 help:
 	@echo "make setup     create $(VENV) from constraints.txt (quick when nothing changed)"
 	@echo "make demo      convert the example to AWQ and GPTQ, evaluate both, print the table"
+	@echo "make report    the example in six formats: $(REPORT_OUT)/report, and its picture for the documentation"
 	@echo "make test      the tests, without those marked slow"
 	@echo "make test-all  all tests"
 	@echo "make check     formatting, lint, types, documentation, import rule"
 	@echo "make format    apply the formatter and the safe fixes"
+	@echo "make kernels   compile the GPU kernels for eight chips into build/kernels (no GPU needed; half an hour)"
 	@echo "make peers     environments for heavy peer libraries (scripts/peers)"
 
 setup: $(STAMP)
@@ -38,6 +42,11 @@ demo: setup
 	$(BIN)/quantkit convert $(EXAMPLE) --format awq -o $(DEMO_OUT)/awq $(DEMO_FLAGS)
 	$(BIN)/quantkit convert $(EXAMPLE) --format gptq -o $(DEMO_OUT)/gptq $(DEMO_FLAGS)
 	$(BIN)/quantkit eval $(DEMO_OUT)/awq $(DEMO_OUT)/gptq --reference $(EXAMPLE) --dtype float32 --tokens 8192
+
+report: setup
+	$(BIN)/quantkit sweep $(EXAMPLE) --formats $(REPORT_FORMATS) -o $(REPORT_OUT) --samples 32 --seqlen 512 \
+		--dtype float32 --speed --speed-contexts 256
+	$(BIN)/python scripts/report_picture.py $(REPORT_OUT)/report/report.html docs/images/report.png
 
 test: setup
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
@@ -55,8 +64,13 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+KERNEL_TARGETS ?= sm_75 sm_80 sm_89 sm_90 sm_100 gfx90a gfx942 gfx1100
+kernels: setup
+	$(BIN)/quantkit kernels build $(addprefix -t ,$(KERNEL_TARGETS)) -o build/kernels --overwrite \
+	  --dtype float16 --shape 4096x4096 --rows 1,16,64,4096
+
 peers: setup
 	bash scripts/peers/setup.sh
 
 clean:
-	rm -rf build dist demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist demo-out report-out .pytest_cache .mypy_cache .ruff_cache .hypothesis

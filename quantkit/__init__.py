@@ -15,24 +15,41 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from quantkit.allocate import allocate
     from quantkit.convert import convert
     from quantkit.errors import QuantkitError
     from quantkit.eval.compare import evaluate
+    from quantkit.export.api import export
     from quantkit.generate import generate
     from quantkit.inspect import inspect
     from quantkit.load import load
+    from quantkit.sweep import sweep
     from quantkit.verify import verify
 
 __version__ = "0.1.0"
-__all__ = ["QuantkitError", "convert", "evaluate", "generate", "inspect", "load", "verify"]
+__all__ = [
+    "QuantkitError",
+    "allocate",
+    "convert",
+    "evaluate",
+    "export",
+    "generate",
+    "inspect",
+    "load",
+    "sweep",
+    "verify",
+]
 
 _API = {
     "QuantkitError": "quantkit.errors",
+    "allocate": "quantkit.allocate",
     "convert": "quantkit.convert",
     "evaluate": "quantkit.eval.compare",
+    "export": "quantkit.export.api",
     "generate": "quantkit.generate",
     "inspect": "quantkit.inspect",
     "load": "quantkit.load",
+    "sweep": "quantkit.sweep",
     "verify": "quantkit.verify",
 }
 

@@ -20,11 +20,18 @@ from torch import Tensor
 import quantkit
 from quantkit.checkpoint import INDEX, MANIFEST, natural_key
 from quantkit.errors import CheckpointError, DestinationError
-from quantkit.shards import Handles, Spec, plan_shards, sha256_file, shard_names, write_safetensors
-from quantkit.staging import Journal, disk_errors, fsync_dir, remove, write_durably
+from quantkit.journal import Journal, Record
+from quantkit.shards import (
+    Handles,
+    Spec,
+    open_safetensors,
+    plan_shards,
+    sha256_file,
+    shard_names,
+    write_safetensors,
+)
+from quantkit.staging import disk_errors, fsync_dir, remove, write_durably
 from quantkit.untrusted import show
-
-Record = dict[str, Any]
 
 
 def json_bytes(value: Any) -> bytes:
@@ -61,7 +68,7 @@ class Assembler:
         names = shard_names(len(self._plan))
         for i, (file, shard) in enumerate(zip(names, self._plan, strict=True)):
             if file in done:
-                self._check_intact(self.out / file, done[file])
+                self._check_intact(self.out / file, done[file], shard)
             else:
                 done[file] = self._write_shard(file, shard)
                 self._journal.append(done[file])
@@ -124,9 +131,30 @@ class Assembler:
         return tensor
 
     @staticmethod
-    def _check_intact(path: Path, record: Record) -> None:
-        if not path.is_file() or sha256_file(path) != record["sha256"]:
+    def _check_intact(path: Path, record: Record, shard: Mapping[str, Spec]) -> None:
+        if path.is_symlink() or not _holds(path, record, shard):
             raise damaged(path)
+
+
+def is_piece(path: Path, record: Record) -> bool:
+    """Whether a piece is what its journal record says: the file's hash, and the tensors in its header."""
+    return _holds(path, record, {name: Spec(c, tuple(s)) for name, (c, s) in record["tensors"].items()})
+
+
+def _holds(path: Path, record: Record, specs: Mapping[str, Spec]) -> bool:
+    if not path.is_file() or path.is_symlink() or sha256_file(path) != record["sha256"]:
+        return False
+    if path.stat().st_size != record["size"]:
+        return False
+    try:
+        handle = open_safetensors(path)
+    except CheckpointError:
+        return False
+    found = {}
+    for name in handle.keys():  # noqa: SIM118 -- not a mapping
+        part = handle.get_slice(name)
+        found[name] = Spec(part.get_dtype(), tuple(part.get_shape()))
+    return found == dict(specs)
 
 
 def damaged(path: Path) -> DestinationError:

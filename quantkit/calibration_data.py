@@ -185,7 +185,7 @@ def _id_rows(path: Path, rows: list[dict[str, Any]], samples: int, seqlen: int) 
     out = []
     for number, row in enumerate(rows[:samples], 1):
         ids = row.get("input_ids")
-        if not isinstance(ids, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        if not isinstance(ids, list) or not all(type(i) is int and abs(i) < 1 << 62 for i in ids):
             raise CalibrationError(
                 f'{path}, row {number}: "input_ids" is no list of whole numbers', hint="Correct it."
             )

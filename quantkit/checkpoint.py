@@ -22,7 +22,15 @@ from torch import Tensor
 from quantkit.errors import CheckpointError, ConfigError
 from quantkit.hub import resolve_model
 from quantkit.shards import DTYPES, Handles, Spec, header_bytes, open_safetensors
-from quantkit.untrusted import existing_directory, is_plain_name, plain_file, read_json, show
+from quantkit.untrusted import (
+    MAX_SIDE_JSON_BYTES,
+    existing_directory,
+    is_plain_name,
+    plain_file,
+    read_json,
+    show,
+    side_file,
+)
 
 __all__ = ["CheckpointReader", "TensorInfo", "natural_key", "resolve_model"]
 
@@ -220,7 +228,7 @@ class CheckpointReader:
         if file.name not in self._entries:
             raise ConfigError(f"{show(file)} is missing", hint="Is this a Hugging Face model directory?")
         try:
-            config = read_json(file, self.path)
+            config = read_json(file, self.path, MAX_SIDE_JSON_BYTES)
         except CheckpointError as error:
             raise ConfigError(error.what, hint=error.hint) from None
         if not isinstance(config, dict):
@@ -315,6 +323,6 @@ class CheckpointReader:
             if file.is_symlink() or file.is_file():  # folders, pipes and sockets stay behind
                 if file.is_symlink() and file.is_dir():
                     continue
-                plain_file(file, self.path)
+                side_file(file, self.path)
                 result.append(file)
         return result

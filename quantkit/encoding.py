@@ -42,7 +42,7 @@ from torch import Tensor
 
 from quantkit import bitpack
 
-Activation = Literal["int8_token", "fp8_token", "fp8_static", "fp8_group128"]
+Activation = Literal["int8_token", "int8_block", "fp8_token", "fp8_static", "fp8_group128"]
 
 E4M3_MAX = 448.0
 

@@ -13,11 +13,18 @@ class QuantkitError(Exception):
     exit_code = 1
 
     def __init__(self, what: str, *, hint: str = "") -> None:
-        what = " ".join(str(what).split())
-        hint = " ".join(hint.split())
+        what, hint = printable_line(what), printable_line(hint)
         super().__init__(f"{what}. {hint}" if hint else what)
         self.what = what
         self.hint = hint
+
+
+def printable_line(text: object, limit: int = 2000) -> str:
+    """`text` as one line that a terminal prints as it is: names in it may come from a stranger's file."""
+    line = " ".join(str(text).split())
+    if not line.isprintable():
+        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in line)
+    return line if len(line) <= limit else f"{line[: limit - 3]}..."
 
 
 class UsageError(QuantkitError):

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from quantkit.encoding import PackedWeight
-from quantkit.kernels.reference import quant_linear
+from quantkit.encoding import Activation, Affine, Codebook, PackedWeight
+from quantkit.errors import UsageError, did_you_mean
+from quantkit.kernels import ops
 
 
 class QuantLinear(nn.Module):
@@ -24,6 +25,7 @@ class QuantLinear(nn.Module):
         self.encoding = packed.encoding
         self.shape = packed.shape
         self.activation = packed.activation
+        self.cpu_activation: Activation | None = None  # set by `set_cpu_activations`
         self.out_features, self.in_features = packed.shape
         self._packed_names = tuple(packed.tensors())
         for name, tensor in packed.tensors().items():
@@ -37,8 +39,25 @@ class QuantLinear(nn.Module):
         return PackedWeight(self.encoding, self.shape, activation=self.activation, **tensors)
 
     def forward(self, x: Tensor) -> Tensor:
+        # ("meta" has no autocast to ask; torch.amp.is_autocast_available is no answer inside torch.compile.)
+        if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # what F.linear does under autocast
+        if x.shape[-1] != self.in_features:
+            raise UsageError(f"the input has {x.shape[-1]} features; this layer takes {self.in_features}")
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return quant_linear(x, self.packed, bias)
+        enc, codes, scale = self.encoding, self.codes, self.scale
+        if isinstance(enc, Affine):
+            perm = getattr(self, "perm", None)
+            activation = self.activation
+            if activation is None and x.device.type == "cpu":
+                activation = self.cpu_activation
+            return ops.affine_linear(
+                x, codes, scale, self.zero, bias, perm, enc.bits, enc.group_size, activation
+            )
+        if isinstance(enc, Codebook):
+            return ops.codebook_linear(x, codes, scale, self.lut, bias, self.out_features, enc.block_size)
+        input_scale = getattr(self, "input_scale", None)
+        return ops.float8_linear(x, codes, scale, bias, *enc.block, self.activation, input_scale)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         def keep_dtype(tensor: Tensor) -> Tensor:
@@ -52,6 +71,26 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.encoding}, bias={self.bias is not None}"
+
+
+#: How a CPU computes affine layers whose layout does not say how inputs are rounded.
+CPU_ACTIVATIONS: dict[str, Activation | None] = {"exact": None, "int8": "int8_block"}
+
+
+def set_cpu_activations(model: nn.Module, mode: str) -> int:
+    """Choose how affine layers of `model` treat activations while on a CPU; returns how many layers it set.
+
+    "exact" (the default) rounds none. "int8" rounds each block of up to 128 inputs to int8
+    (`kernels.reference.activation_block`), which onnxruntime computes several times faster; an error of
+    about half a percent of the layer's output. Other devices, NF4, fp8 and BitNet layers are not affected.
+    """
+    if mode not in CPU_ACTIVATIONS:
+        known = list(CPU_ACTIVATIONS)
+        raise UsageError(f"unknown cpu_activations {mode!r}", hint=did_you_mean(mode, known))
+    layers = [m for m in model.modules() if isinstance(m, QuantLinear) and isinstance(m.encoding, Affine)]
+    for layer in layers:
+        layer.cpu_activation = CPU_ACTIVATIONS[mode]
+    return len(layers)
 
 
 def replace_linear(model: nn.Module, path: str, packed: PackedWeight) -> QuantLinear:

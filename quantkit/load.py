@@ -15,15 +15,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from quantkit.checkpoint import CheckpointReader
+from quantkit.checkpoint import CheckpointReader, TensorInfo
 from quantkit.encoding import PackedWeight, dequantize
-from quantkit.errors import CheckpointError, ConfigError, QuantkitError
+from quantkit.errors import CheckpointError, ConfigError, QuantkitError, UsageError, did_you_mean
 from quantkit.formats import get_layout
 from quantkit.formats.base import Layout, ReadConfig
 from quantkit.hub import resolve_model
-from quantkit.linear import materialize, meta_tensors, replace_linear
+from quantkit.linear import (
+    CPU_ACTIVATIONS,
+    materialize,
+    meta_tensors,
+    replace_linear,
+    set_cpu_activations,
+)
 from quantkit.meta_model import quiet_transformers
-from quantkit.skeleton import Skeleton, linear_shape
+from quantkit.skeleton import Skeleton, Target, linear_shape
+from quantkit.untrusted import side_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -120,6 +127,7 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str | None = None,
     dequantize_weights: bool = False,
+    cpu_activations: str = "exact",
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
@@ -131,23 +139,29 @@ def load(
     device: where the weights go.
     dtype: of activations and of the tensors that are not quantized; None keeps what is stored.
     dequantize_weights: replace packed weights by dense ones in `dtype` (for comparison; large).
+    cpu_activations: "exact", or "int8": affine layers (GPTQ, AWQ, HQQ) round their inputs to int8 per
+        block while they run on a CPU, which is several times faster there with onnxruntime installed
+        (extra `quantkit[cpu]`) and changes a layer's output by about half a percent.
 
     Raises CheckpointError or ConfigError, naming file and tensor, before or while reading; a tensor
     that is missing is never replaced by random numbers.
     """
+    if cpu_activations not in CPU_ACTIVATIONS:  # before anything is read
+        hint = did_you_mean(cpu_activations, list(CPU_ACTIVATIONS))
+        raise UsageError(f"unknown cpu_activations {cpu_activations!r}", hint=hint)
     path = resolve_model(model, revision)
     if isinstance(dtype, str):
         dtype = parse_dtype(dtype)
     with CheckpointReader(path) as reader:
         found = find_quantized(reader)
-        skeleton = Skeleton(path, reader.config, trust_remote_code=trust_remote_code)
+        skeleton = Skeleton(path, reader.config, trust_remote_code=trust_remote_code, weights=reader)
         dense_names = found.dense if found else reader.names()
         modules = _quantized_modules(reader, skeleton, found) if found else {}
         covered = [m + ".weight" for m in modules.values()]
         carried = set(skeleton.check_complete(dense_names, covered))
         for name in dense_names:
-            if name not in carried:
-                skeleton.targets(name, reader.info(name).shape)  # shapes, before anything is read
+            if name not in carried:  # shapes and dtypes, before anything is read
+                _check_dtype(reader.info(name), skeleton, skeleton.targets(name, reader.info(name).shape))
         bias_factors: dict[str, float] = {}
         for name, module in modules.items():
             assert found is not None
@@ -170,9 +184,23 @@ def load(
         raise CheckpointError(
             f"tensor {left[0]!r} is missing from {path}", hint="Download the checkpoint again."
         )
+    set_cpu_activations(skeleton.model, cpu_activations)
     _load_generation_config(skeleton.model, path)
     skeleton.model.quantkit_layout = found.layout.name if found else None
     return skeleton.model
+
+
+def _check_dtype(info: TensorInfo, skeleton: Skeleton, targets: list[Target]) -> None:
+    """Refuse codes (integers, float8) where the model wants a dense weight: their scales are missing."""
+    codes = not info.dtype.is_floating_point or info.dtype.itemsize == 1
+    for target in targets:
+        wanted = skeleton.params.get(target.param)
+        if codes and wanted is not None and wanted.is_floating_point():
+            raise CheckpointError(
+                f"tensor {info.name!r} of {info.file.name} holds {str(info.dtype).removeprefix('torch.')}, "
+                "not weights",
+                hint="Its scales are missing, or config.json has no quantization_config for it.",
+            )
 
 
 def _quantized_modules(
@@ -200,7 +228,10 @@ def _quantized_modules(
 def iter_dense(reader: CheckpointReader, skeleton: Skeleton, name: str) -> Iterator[tuple[str, Tensor]]:
     """(parameter path, CPU tensor) pairs that checkpoint tensor `name` fills."""
     for target in skeleton.targets(name, reader.info(name).shape):
-        value = reader.read(name) if target.index is None else reader.read_index(name, target.index)
+        if target.index is None:
+            value = reader.read(name, check_finite=True)
+        else:
+            value = reader.read_index(name, target.index, check_finite=True)
         if target.rows is not None:
             value = value[target.rows[0] : target.rows[1]].clone()
         yield target.param, value
@@ -265,7 +296,7 @@ def _load_generation_config(model: Any, path: os.PathLike[str]) -> None:
         with quiet_transformers():
             try:
                 model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
-            except (OSError, ValueError, TypeError) as error:
+            except Exception as error:  # whatever transformers makes of it
                 raise ConfigError(
                     f"{path}/generation_config.json: {error}", hint="Correct or remove it."
                 ) from error
@@ -292,13 +323,20 @@ def load_tokenizer(
     """The checkpoint's tokenizer; CheckpointError when it has none."""
     from transformers import AutoTokenizer
 
-    path = resolve_model(model, revision)
+    path = resolve_model(model, revision).resolve()
+    for name in sorted(os.listdir(path)):
+        if name.endswith((".json", ".jinja", ".txt", ".model")) and not name.startswith("."):
+            if not name.endswith(".index.json"):
+                side_file(path / name, path)
     with quiet_transformers():
         try:
             return AutoTokenizer.from_pretrained(
                 path, local_files_only=True, trust_remote_code=trust_remote_code
             )
-        except Exception as error:
+        except BaseException as error:
+            # A panic of the Rust library is no Exception.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise CheckpointError(
                 f"{path}: no usable tokenizer ({type(error).__name__}: {error})",
                 hint="Copy the tokenizer files of the source model there.",

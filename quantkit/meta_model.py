@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantkit.config_checks import check_config
 from quantkit.errors import ConfigError
-
-_MAX_COUNT = 10_000
 
 
 @contextlib.contextmanager
@@ -34,7 +33,7 @@ def build_meta_model(path: Path, config: dict[str, Any], trust_remote_code: bool
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
     where = path / "config.json"
-    _check_plausible(config, where)
+    check_config(config, where, trust_remote_code)
     with quiet_transformers():
         try:
             hf_config = AutoConfig.from_pretrained(
@@ -71,31 +70,6 @@ def build_meta_model(path: Path, config: dict[str, Any], trust_remote_code: bool
             ) from error
     model.eval()
     return hf_config, model
-
-
-def _check_plausible(config: dict[str, Any], where: Path) -> None:
-    """Refuse sizes that could only be a mistake or an attack, before a model is built of them."""
-    for scope in (config, *(v for v in config.values() if isinstance(v, dict))):
-        for key in (
-            "num_hidden_layers",
-            "n_layer",
-            "num_layers",
-            "n_layers",
-            "num_local_experts",
-            "num_experts",
-            "n_routed_experts",
-        ):
-            value = scope.get(key)
-            if value is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _MAX_COUNT:
-                raise ConfigError(
-                    f"{where}: {key} is {value!r}", hint="Expected a whole number of at most 10000."
-                )
-        for key in ("hidden_size", "n_embd", "vocab_size", "intermediate_size", "num_attention_heads"):
-            value = scope.get(key)
-            if isinstance(value, (int, float)) and not 0 < value < 2**31:
-                raise ConfigError(f"{where}: {key} is {value!r}", hint="Expected a positive 32-bit number.")
 
 
 def _remote_hint(config: dict[str, Any], trusted: bool) -> str:

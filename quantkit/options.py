@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import UsageError, did_you_mean
@@ -73,6 +74,24 @@ def parse_override(text: str) -> tuple[str, dict[str, Any]]:
     # A comma separates options unless it is inside brackets: weight_block_size=[128,128].
     items = re.split(r",(?![^\[]*\])", match["options"])
     return match["pattern"], parse_assignments(items, "--override")
+
+
+def read_overrides(items: Iterable[str]) -> list[str]:
+    """Overrides as given, those of `@FILE` (one a line, # comments) in its place."""
+    found: list[str] = []
+    for item in items:
+        if not item.startswith("@"):
+            found.append(item)
+            continue
+        try:
+            lines = Path(item[1:]).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            raise UsageError(
+                f"--override {item}: {reason}", hint="Name a file with an override a line."
+            ) from None
+        found += [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    return found
 
 
 def collect_options(

@@ -7,6 +7,7 @@ free for `--json`.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from typing import TYPE_CHECKING, Protocol, TextIO
@@ -114,7 +115,8 @@ class RichProgress:
         )
 
     def _line(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
+        with contextlib.suppress(OSError):  # a log on a full disk is no reason to lose the work
+            print(text, file=self._stream, flush=True)
 
 
 def describe(report: LayerReport) -> str:

@@ -13,7 +13,6 @@ calibrated conversion derives each layer from the ones before.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import shutil
@@ -24,14 +23,15 @@ from typing import Any
 from torch import Tensor
 
 import quantkit
-from quantkit.assemble import Assembler, Record, damaged, file_record, json_bytes
+from quantkit.assemble import Assembler, Record, damaged, file_record, is_piece, json_bytes
 from quantkit.checkpoint import CHAT_TEMPLATES, INDEX, MANIFEST
 from quantkit.errors import CheckpointError, DestinationError
+from quantkit.journal import Journal, is_sound
 from quantkit.shards import parse_size, sha256_file, spec_of, write_safetensors
 from quantkit.staging import (
-    Journal,
     Lock,
     aside_path,
+    copy_durably,
     disk_errors,
     disk_full,
     fsync_dir,
@@ -40,12 +40,12 @@ from quantkit.staging import (
     restore_aside,
     write_durably,
 )
-from quantkit.untrusted import is_plain_name, show
+from quantkit.untrusted import is_plain_name, read_json, show
 
 __all__ = ["CheckpointWriter", "parse_size"]
 
 log = logging.getLogger(__name__)
-_JOURNAL_VERSION = 1
+_JOURNAL_VERSION = 2
 
 
 class CheckpointWriter:
@@ -104,6 +104,7 @@ class CheckpointWriter:
             raise
         #: ids of the units that an interrupted run finished, in their order (with `resume` only)
         self.completed: tuple[str, ...] = tuple(self._units)
+        self._resumed = self._journal is not None and bool(self._journal.records)
 
     # -- starting ------------------------------------------------------------------------------
 
@@ -129,7 +130,7 @@ class CheckpointWriter:
             log.warning("put %s back, which an interrupted overwrite had moved aside", self.dest)
         state = self._read_state()
         if state is not None:
-            self._journal = Journal(self._staging / "journal.jsonl")
+            self._journal = Journal(self._staging / "journal.jsonl", is_sound)
             self._committed = self._is_committed(self._journal)
             if self._committed and not resume:
                 log.info("%s was published completely; removing what its writer left", self.dest)
@@ -155,11 +156,13 @@ class CheckpointWriter:
 
     def _read_state(self) -> dict[str, Any] | None:
         """state.json of a staging directory that is there and was started properly."""
-        if self._staging.is_symlink():  # never made by us: in a shared directory it may lead anywhere
+        # Links are never made by us: in a directory that others may write to they may lead anywhere.
+        inside = ("state.json", "journal.jsonl", "pieces", "files", "scratch", "out")
+        if any(p.is_symlink() for p in (self._staging, *(self._staging / name for name in inside))):
             return None
         try:
-            state = json.loads((self._staging / "state.json").read_bytes())
-        except (FileNotFoundError, NotADirectoryError, ValueError):
+            state = read_json(self._staging / "state.json", self._staging)
+        except CheckpointError:
             return None
         return state if isinstance(state, dict) else None
 
@@ -188,14 +191,20 @@ class CheckpointWriter:
             if record.get("type") != "unit":
                 continue
             piece = self._pieces / f"{len(self._units):05d}.safetensors"
-            if whole or (piece.exists() and not self._committed):
-                if not piece.is_file() or sha256_file(piece) != record["sha256"]:
-                    if not whole:
-                        raise damaged(piece)
-                    log.warning("%s is damaged: unit %s and later ones are redone", piece, record["unit"])
-                    self._journal.keep(position)
-                    break
-            self._units[record["unit"]] = {**record, "piece": piece.name}
+            sound = (
+                record["piece"] == piece.name
+                and record["unit"] not in self._units
+                and self._tensors.isdisjoint(record["tensors"])
+            )
+            if sound and (whole or (piece.exists() and not self._committed)):
+                sound = is_piece(piece, record)
+            if not sound:
+                if not whole:
+                    raise damaged(piece)
+                log.warning("%s is damaged: unit %s and later ones are redone", piece, record["unit"])
+                self._journal.keep(position)
+                break
+            self._units[record["unit"]] = record
             self._tensors |= record["tensors"].keys()
         if whole:
             known = {record["piece"] for record in self._units.values()}
@@ -245,11 +254,11 @@ class CheckpointWriter:
         """Make a unit's tensors durable. Their order here is their order in the checkpoint."""
         journal = self._writable()
         if self._publishing or self._committed:
-            raise ValueError(f"unit {unit} comes after publication began")
+            raise self._misuse(f"unit {unit} comes after publication began")
         if unit in self._units:
             raise ValueError(f"unit {unit} was written already")
         if twice := next((name for name in tensors if name in self._tensors), None):
-            raise ValueError(f"tensor {twice} of unit {unit} was written by another unit")
+            raise self._misuse(f"tensor {twice} of unit {unit} was written by another unit")
         specs = {name: spec_of(tensor) for name, tensor in tensors.items()}
         piece = self._pieces / f"{len(self._units):05d}.safetensors"
         temporary = piece.with_suffix(".tmp")
@@ -267,6 +276,10 @@ class CheckpointWriter:
         self._units[unit] = journal.records[-1]
         self._tensors |= specs.keys()
 
+    def _misuse(self, what: str) -> Exception:
+        """A mistake of the caller's, or else a journal that tells of work which was never done."""
+        return damaged(self._staging / "journal.jsonl") if self._resumed else ValueError(what)
+
     # -- other files ---------------------------------------------------------------------------
 
     def add_json(self, name: str, content: Any) -> None:
@@ -275,15 +288,18 @@ class CheckpointWriter:
 
     def add_bytes(self, name: str, data: bytes) -> None:
         """Add a file to the checkpoint (again: replaces it)."""
+        self._check_name(name)
+        with disk_errors(self.dest, len(data)):
+            (self._files / name).parent.mkdir(exist_ok=True)
+            write_durably(self._files / name, data)
+        self._added[name] = file_record(data)
+
+    def _check_name(self, name: str) -> None:
         self._writable()
         folder, _, base = name.rpartition("/")
         taken = base in (MANIFEST, INDEX) or (base.startswith("model") and base.endswith(".safetensors"))
         if folder not in ("", CHAT_TEMPLATES) or not is_plain_name(base) or taken:
             raise ValueError(f"{name!r} is not a name for a file of a checkpoint")
-        with disk_errors(self.dest, len(data)):
-            (self._files / folder).mkdir(exist_ok=True)
-            write_durably(self._files / name, data)
-        self._added[name] = file_record(data)
 
     def copy_file(self, path: str | os.PathLike[str], name: str | None = None) -> None:
         """Add a copy of a file, under its own name (inside `additional_chat_templates/` if it was)."""
@@ -291,11 +307,16 @@ class CheckpointWriter:
         if name is None:
             inside = source.parent.name == CHAT_TEMPLATES
             name = f"{CHAT_TEMPLATES}/{source.name}" if inside else source.name
+        self._check_name(name)
         try:
-            data = source.read_bytes()
+            file = source.open("rb")
         except OSError as error:
             raise CheckpointError(f"{show(source)} cannot be read: {show(error.strerror)}") from None
-        self.add_bytes(name, data)
+        with file, disk_errors(self.dest):
+            copied = self._files / name
+            copied.parent.mkdir(exist_ok=True)
+            copy_durably(file, copied)
+            self._added[name] = {"sha256": sha256_file(copied), "size": copied.stat().st_size}
 
     # -- publication ---------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import torch
@@ -97,8 +98,8 @@ def layer_report(
     assert layer.config is not None
     dense = dequantize(packed)
     delta = dense - weight
-    norm = float(weight.norm())
-    weight_error = float(delta.norm()) / norm if norm > 0 else float(delta.norm())
+    norm = _norm(weight)
+    weight_error = _norm(delta) / norm if norm > 0 else _norm(delta)
     if not torch.isfinite(dense).all():
         raise NumericsError(
             f"layer {layer.site.name!r}: the quantized weight is not finite", hint="Skip this layer."
@@ -120,3 +121,12 @@ def layer_report(
         seconds,
         notes,
     )
+
+
+def _norm(values: Tensor) -> float:
+    """Euclidean norm, also where its square is beyond float32 (weights of 1e30)."""
+    norm = float(values.norm())
+    if math.isfinite(norm):
+        return norm
+    top = float(values.abs().amax())
+    return float((values / top).norm()) * top

@@ -8,18 +8,23 @@ list of architectures, and every shape is checked here, before any work starts.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from quantkit.config_checks import check_counts
 from quantkit.errors import CheckpointError, ConfigError
 from quantkit.experts import UnfusedExperts, canonical_expert_name, unfuse_experts
 from quantkit.meta_model import build_meta_model, checkpoint_renamings
+
+if TYPE_CHECKING:
+    from quantkit.checkpoint import CheckpointReader
 
 _ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate|gate_network|wg)$")
 
@@ -60,11 +65,23 @@ class Skeleton:
     ----------
     path: directory with `config.json` (nothing is downloaded, no remote code unless asked).
     config: the parsed `config.json`; a `quantization_config` in it is ignored here.
+    weights: the checkpoint, if it is at hand: a config that promises far more layers or experts than
+        there are tensors is then refused before a model is built of it.
     """
 
-    def __init__(self, path: Path, config: Mapping[str, Any], *, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: Mapping[str, Any],
+        *,
+        trust_remote_code: bool = False,
+        weights: CheckpointReader | None = None,
+    ) -> None:
         self.path = path
         self.raw_config = dict(config)
+        if weights is not None:
+            elements = sum(math.prod(info.shape) for info in weights.infos())
+            check_counts(config, path / "config.json", len(weights), elements)
         self.hf_config, self.model = build_meta_model(path, dict(config), trust_remote_code)
         self._transforms = checkpoint_renamings(self.model)
         self.fused_experts = unfuse_experts(self.model)  # left fused -> reason

@@ -1,11 +1,11 @@
-"""What makes a publication crash-proof: the lock, the journal, durable renames, the exchange of directories.
+"""What makes a publication crash-proof: the lock, durable renames, the exchange of directories.
 
 For a destination `parent/model` two siblings exist while a conversion is under way:
 
     parent/.model.quantkit.lock        flock(2)ed by the one writer
     parent/.model.quantkit-staging/
         state.json                     what this work is: fingerprint, version, shard size
-        journal.jsonl                  one line per thing that is durable: a unit, a shard, the commit
+        journal.jsonl                  one line per thing that is durable (quantkit/journal.py)
         pieces/00000.safetensors       the tensors of unit 0, ...
         files/                         config.json, tokenizer, ... as they will be published
         scratch/                       the converter's own notes (activations)
@@ -18,12 +18,12 @@ import contextlib
 import ctypes
 import errno
 import fcntl
-import json
+import io
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 from quantkit.errors import DestinationError
 from quantkit.untrusted import show
@@ -45,9 +45,14 @@ def fsync_dir(path: Path) -> None:
 
 def write_durably(path: Path, data: bytes) -> None:
     """Write a file so that a crash leaves either the old content or the new."""
+    copy_durably(io.BytesIO(data), path)
+
+
+def copy_durably(source: BinaryIO, path: Path) -> None:
+    """The same with the content of an open file, a piece at a time."""
     temporary = path.with_name(f"{path.name}.tmp")
     with temporary.open("wb") as file:
-        file.write(data)
+        shutil.copyfileobj(source, file, 1 << 20)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -120,52 +125,6 @@ class Lock:
         """Remove the file and let go; harmless when repeated."""
         if self._fd >= 0:
             self._path.unlink(missing_ok=True)
-            os.close(self._fd)
-            self._fd = -1
-
-
-class Journal:
-    """Append-only JSON lines, each durable before `append` returns."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.records: list[dict[str, Any]] = []
-        self._ends = [0]  # where each record ends
-        data = path.read_bytes() if path.exists() else b""
-        for line in data.splitlines(keepends=True):
-            # A line without its newline was cut off by a crash: its work is not known to be
-            # finished. The same goes for a line that does not parse, and all that follows it.
-            try:
-                record = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
-                record = None
-            if not isinstance(record, dict):
-                break
-            self.records.append(record)
-            self._ends.append(self._ends[-1] + len(line))
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        fsync_dir(path.parent)
-
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Add a record; on return it survives a crash."""
-        line = json.dumps(record).encode() + b"\n"
-        os.ftruncate(self._fd, self._ends[-1])  # whatever a failed append or a crash left behind
-        written = 0
-        while written < len(line):
-            written += os.pwrite(self._fd, line[written:], self._ends[-1] + written)
-        os.fsync(self._fd)
-        self._ends.append(self._ends[-1] + len(line))
-        self.records.append(json.loads(line))
-
-    def keep(self, count: int) -> None:
-        """Forget all but the first `count` records."""
-        del self.records[count:], self._ends[count + 1 :]
-        os.ftruncate(self._fd, self._ends[-1])
-        os.fsync(self._fd)
-
-    def close(self) -> None:
-        """Close the file; harmless when repeated."""
-        if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 

@@ -16,6 +16,10 @@ from quantkit.errors import CheckpointError
 
 #: Longest JSON file that is parsed. The index of a model with half a million tensors has about 60 MB.
 MAX_JSON_BYTES = 256 << 20
+#: Longest JSON file besides an index (Gemma's tokenizer.json has 33 MB), and longest file of any other kind
+#: that is not weights. What is longer is no tokenizer, template or licence, and would only fill memory.
+MAX_SIDE_JSON_BYTES = 64 << 20
+MAX_SIDE_BYTES = 1 << 30
 #: Real configurations nest about six levels; a bomb nests thousands and would blow the stack later,
 #: in whatever walks the dictionary.
 MAX_JSON_DEPTH = 64
@@ -94,11 +98,17 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
+def _refuse_nan(name: str) -> float:
+    if name == "NaN":  # Infinity is no JSON either, but configurations of real models have it
+        raise ValueError("NaN is no number")
+    return float(name)
+
+
 def parse_json(data: bytes, where: object) -> Any:
-    """Parse JSON from a stranger: UTF-8, no repeated keys, no absurd depth or size."""
+    """Parse JSON from a stranger: UTF-8, no repeated keys, no NaN, no absurd depth or size."""
     try:
         text = data.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=_refuse_duplicates)
+        value = json.loads(text, object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_nan)
         if "\\ud" in text or "\\uD" in text:
             json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair could not be written again
     except UnicodeEncodeError:
@@ -119,10 +129,22 @@ def parse_json(data: bytes, where: object) -> Any:
     return value
 
 
-def read_json(path: Path, root: Path) -> Any:
-    """Parse the JSON file `path` of the model directory `root`."""
+def side_file(path: Path, root: Path) -> os.stat_result:
+    """`plain_file`, and no longer than a tokenizer, template or licence can be."""
+    status = plain_file(path, root)
+    limit = MAX_SIDE_JSON_BYTES if path.suffix.lower() == ".json" else MAX_SIDE_BYTES
+    if status.st_size > limit:
+        raise CheckpointError(
+            f"{show(path)} has {status.st_size} bytes, too many for a file beside the weights",
+            hint=f"At most {limit} are accepted; remove it if it is not needed.",
+        )
+    return status
+
+
+def read_json(path: Path, root: Path, limit: int = MAX_JSON_BYTES) -> Any:
+    """Parse the JSON file `path` of the model directory `root`, of at most `limit` bytes."""
     size = plain_file(path, root).st_size
-    if size > MAX_JSON_BYTES:
+    if size > limit:
         raise CheckpointError(f"{show(path)} has {size} bytes, too many for a model's JSON")
     try:
         data = path.read_bytes()

@@ -102,7 +102,7 @@ def verify(
         found = find_quantized(reader)
         report = VerifyReport(str(path), found.layout.name if found else None)
         manifest = _check_files(reader.path, report, progress)
-        skeleton = Skeleton(path, reader.config, trust_remote_code=trust_remote_code)
+        skeleton = Skeleton(path, reader.config, trust_remote_code=trust_remote_code, weights=reader)
         source = None
         if against is not None:
             source = _Source(CheckpointReader(resolve_model(against)), trust_remote_code)
@@ -173,7 +173,9 @@ class _Source:
             raise CheckpointError(
                 f"{reader.path} is itself quantized", hint="Compare with the model that was converted."
             )
-        self.skeleton = Skeleton(reader.path, reader.config, trust_remote_code=trust_remote_code)
+        self.skeleton = Skeleton(
+            reader.path, reader.config, trust_remote_code=trust_remote_code, weights=reader
+        )
         shapes = {info.name: info.shape for info in reader.infos()}
         self.sites: dict[str, Site] = {site.module: site for site in self.skeleton.sites(shapes)}
         self.params: dict[str, tuple[str, Target]] = {}

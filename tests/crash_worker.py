@@ -24,8 +24,8 @@ import torch
 from quantkit import staging
 from quantkit.checkpoint import CheckpointReader
 from quantkit.errors import QuantkitError
+from quantkit.journal import Journal
 from quantkit.publish import CheckpointWriter
-from quantkit.staging import Journal
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.uint8, torch.int32, torch.int64, torch.bool)
 DTYPES += (torch.float8_e4m3fn,)

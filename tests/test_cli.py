@@ -52,7 +52,7 @@ def no_convert(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return seen
 
 
-COMMANDS = ("convert", "inspect", "verify", "generate", "eval", "formats")
+COMMANDS = ("convert", "inspect", "verify", "generate", "eval", "sweep", "allocate", "formats")
 
 
 def test_version_and_help(cli: Run) -> None:

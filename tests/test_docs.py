@@ -66,6 +66,7 @@ def arguments_of(line: str) -> list[str]:
 def test_commands_exist(line: str) -> None:
     from quantkit.formats import get_format
     from quantkit.options import build_config, collect_options, parse_assignments, parse_override
+    from quantkit.sweep import parse_settings
 
     arguments = arguments_of(line)
     if arguments in (["--help"], ["--version"]):
@@ -83,7 +84,10 @@ def test_commands_exist(line: str) -> None:
             settings=parse_assignments(params["settings"] or [], "--set"),
         )
         for text in params["override"] or []:
-            build_config(fmt, {**options, **parse_override(text)[1]})
+            if not text.startswith("@"):
+                build_config(fmt, {**options, **parse_override(text)[1]})
+    if name == "sweep":
+        assert parse_settings(params["formats"])
 
 
 def test_the_readme_shows_commands() -> None:

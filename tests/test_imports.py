@@ -24,6 +24,7 @@ TRANSFORMERS = (
     "quantkit.load",
     "quantkit.calibration",
     "quantkit.eval",
+    "quantkit.export.decoder",
 )
 #: Part -> parts it may never reach up to. `formats` and `algorithms` have a rule of their own.
 LAYERS = [

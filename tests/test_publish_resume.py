@@ -16,8 +16,9 @@ from disk_support import Stop, interrupt, some_units, tree, write
 from quantkit import publish
 from quantkit.checkpoint import CheckpointReader
 from quantkit.errors import DestinationError
+from quantkit.journal import Journal
 from quantkit.publish import CheckpointWriter
-from quantkit.staging import Journal, remove
+from quantkit.staging import remove
 
 # -- resumption --------------------------------------------------------------------------------------------
 
@@ -173,7 +174,12 @@ def test_staging_half_removed(tmp_path: Path, left: list[str]) -> None:
 
 
 def test_journal_appends_after_damage(tmp_path: Path) -> None:
-    (tmp_path / "j").write_bytes(b'{"a": 1}\n{"b": 2}\n{"c": ' + b"x" * 5000)
+    first = Journal(tmp_path / "j")
+    for record in ({"a": 1}, {"b": 2}):
+        first.append(record)
+    first.close()
+    with (tmp_path / "j").open("ab") as file:
+        file.write(b'{"c": ' + b"x" * 5000)
     journal = Journal(tmp_path / "j")
     assert journal.records == [{"a": 1}, {"b": 2}]
     journal.append({"d": "ü\n"})
@@ -182,6 +188,18 @@ def test_journal_appends_after_damage(tmp_path: Path) -> None:
     journal.close()
     assert Journal(tmp_path / "j").records == [{"a": 1}, {"b": 2}, {"e": 5}]
     assert (tmp_path / "j").read_bytes().count(b"\n") == 3
+
+
+@pytest.mark.parametrize("lines", [(0, 2), (1, 0, 2), (0, 0, 1), (2,)])
+def test_journal_believes_no_line_that_was_moved(tmp_path: Path, lines: tuple[int, ...]) -> None:
+    journal = Journal(tmp_path / "j")
+    for i in range(3):
+        journal.append({"i": i})
+    journal.close()
+    all_lines = (tmp_path / "j").read_bytes().splitlines(keepends=True)
+    (tmp_path / "j").write_bytes(b"".join(all_lines[i] for i in lines))
+    believed = [record["i"] for record in Journal(tmp_path / "j").records]
+    assert believed == ([0] if lines[0] == 0 else [])
 
 
 # -- full disks ----------------------------------------------------------------------------------------------

@@ -8,15 +8,17 @@ from typing import Annotated
 import typer
 
 import quantkit
-from quantkit.cli import guard
+from quantkit.cli import bench, guard, kernels
 from quantkit.cli.commands import (
-    eval_command,
     formats_command,
     generate_command,
     inspect_command,
     verify_command,
 )
 from quantkit.cli.convert import convert_command
+from quantkit.cli.evaluate import eval_command
+from quantkit.cli.export import export_command
+from quantkit.cli.sweep import allocate_command, sweep_command
 
 app = typer.Typer(
     name="quantkit",
@@ -51,7 +53,13 @@ app.command("inspect")(inspect_command)
 app.command("verify")(verify_command)
 app.command("generate")(generate_command)
 app.command("eval")(eval_command)
+app.command("export")(export_command)
+app.command("sweep")(sweep_command)
+app.command("allocate")(allocate_command)
 app.command("formats")(formats_command)
+
+app.add_typer(bench.app, name="bench")
+app.add_typer(kernels.app, name="kernels")
 
 
 def run(argv: list[str]) -> int:
@@ -60,9 +68,14 @@ def run(argv: list[str]) -> int:
     # Tokenizers fork-safety chatter and progress bars of other libraries do not belong in our output.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    guard.announced = False
     try:
         app(args=argv, prog_name="quantkit")
+    except KeyboardInterrupt:  # before the command itself began, or after it ended
+        return guard.interrupted(resumable=argv[:1] == ["convert"])
     except SystemExit as leaving:
         code = leaving.code
+        if code == guard.EXIT_INTERRUPTED:  # typer catches what comes while it reads the arguments
+            return guard.interrupted(resumable=argv[:1] == ["convert"])
         return code if isinstance(code, int) else (0 if code is None else 1)
     return 0

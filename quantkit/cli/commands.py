@@ -1,4 +1,4 @@
-"""The commands besides `convert`: inspect, verify, generate, eval, formats."""
+"""The commands besides `convert` and the evaluating ones: inspect, verify, generate, formats."""
 
 from __future__ import annotations
 
@@ -142,54 +142,6 @@ def generate_command(
         f"(loading took {result.load_seconds:.2f} s)",
         err=True,
     )
-
-
-@guarded()
-def eval_command(
-    checkpoints: Annotated[list[str], typer.Argument(help="Checkpoints to evaluate, quantized or not.")],
-    reference: Annotated[
-        str | None, typer.Option(metavar="SOURCE", help="The unquantized model: adds KL divergence to it.")
-    ] = None,
-    data: Annotated[str, typer.Option(help="builtin, wikitext2, or a text file.")] = "builtin",
-    tokens: Annotated[int | None, typer.Option(min=1, help="At most this many tokens.")] = None,
-    protocol: Annotated[
-        str | None, typer.Option(help="Perplexity as another project measures it: gptq, hqq, llama.cpp.")
-    ] = None,
-    device: Device = "cpu",
-    dtype: Annotated[
-        str | None, typer.Option(help="dtype to compute in; default: as stored. On a CPU float32 is faster.")
-    ] = None,
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Measure perplexity, and divergence from the unquantized model.
-
-    [bold]Example[/bold]
-
-    quantkit eval ./out-awq ./out-gptq --reference ./model
-    """
-    import quantkit
-    from quantkit.progress import RichProgress
-
-    asked: dict[str, Any] = {"tokens": tokens, "protocol": protocol, "dtype": dtype}
-    with contextlib.redirect_stdout(sys.stderr):
-        result = quantkit.evaluate(
-            checkpoints,
-            reference,
-            data=data,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            progress=RichProgress(sys.stderr),
-            **{key: value for key, value in asked.items() if value is not None},
-        )
-    if as_json:
-        _print_json(result.to_json())
-        return
-    from quantkit.cli.render import console
-    from quantkit.eval.table import print_table
-
-    print_table(result, console())
 
 
 @guarded()

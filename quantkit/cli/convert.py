@@ -68,7 +68,8 @@ def convert_command(
         typer.Option(
             "--override",
             metavar="PATTERN:KEY=VALUE,...",
-            help="Other options for matching layers, e.g. 'down_proj:bits=8,group_size=64' (repeatable).",
+            help="Other options for matching layers, e.g. 'down_proj:bits=8,group_size=64' (repeatable); "
+            "@FILE reads one a line.",
         ),
     ] = None,
     settings: Annotated[
@@ -98,7 +99,13 @@ def convert_command(
     """Convert a checkpoint to a quantized format, with a report of what it cost."""
     from quantkit.errors import UsageError
     from quantkit.formats import get_format
-    from quantkit.options import build_config, collect_options, parse_assignments, parse_override
+    from quantkit.options import (
+        build_config,
+        collect_options,
+        parse_assignments,
+        parse_override,
+        read_overrides,
+    )
 
     if output is None and not dry_run:
         raise UsageError("no output directory", hint="Give one with -o OUT, or use --dry-run.")
@@ -106,7 +113,7 @@ def convert_command(
     options = collect_options(
         fmt, bits=bits, group_size=group_size, sym=sym, settings=parse_assignments(settings or [], "--set")
     )
-    overrides = [parse_override(text) for text in override or []]
+    overrides = [parse_override(text) for text in read_overrides(override or [])]
     for pattern, changes in overrides:
         build_config(fmt, {**options, **changes}, f"--override {pattern!r}: ")
     asked: dict[str, Any] = {

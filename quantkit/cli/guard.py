@@ -15,6 +15,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import os
 import shlex
@@ -22,7 +24,7 @@ import sys
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-from quantkit.errors import QuantkitError
+from quantkit.errors import DestinationError, QuantkitError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -45,9 +47,10 @@ def error_line(message: str, *, prefix: str = "error: ", style: str = "red") -> 
     from rich.console import Console
     from rich.text import Text
 
-    Console(stderr=True, soft_wrap=True, highlight=False).print(
-        Text.assemble((prefix, f"bold {style}"), message)
-    )
+    with contextlib.suppress(OSError):  # stderr may be a file on the disk that is full
+        Console(stderr=True, soft_wrap=True, highlight=False).print(
+            Text.assemble((prefix, f"bold {style}"), message)
+        )
 
 
 def guarded(resumable: bool = False) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -64,7 +67,7 @@ def guarded(resumable: bool = False) -> Callable[[Callable[P, R]], Callable[P, R
             except SystemExit:
                 raise
             except KeyboardInterrupt:
-                _interrupted(resumable)
+                interrupted(resumable)
                 raise SystemExit(EXIT_INTERRUPTED) from None
             except BrokenPipeError:
                 # The reader of our output has gone (`| head`): nothing is left to say.
@@ -94,6 +97,10 @@ def report(error: BaseException) -> int:
             "Use --device cpu, fewer --samples or a shorter --seqlen."
         )
         return EXIT_FAILED
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        where = f" ({error.filename})" if error.filename else " (of the output of this command?)"
+        error_line(f"the system refuses to write: {error.strerror}{where}. Free space, then try again.")
+        return DestinationError.exit_code
     error_line(
         f"internal error: {type(error).__name__}: {line[:400]}. "
         "This is a bug in quantkit, please report it; rerun with --debug for the traceback."
@@ -101,12 +108,22 @@ def report(error: BaseException) -> int:
     return EXIT_BUG
 
 
-def _interrupted(resumable: bool) -> None:
+#: Whether the running command has said that it was interrupted.
+announced = False
+
+
+def interrupted(resumable: bool) -> int:
+    """Say once how to go on after an interruption; returns the exit code."""
+    global announced
+    if announced:
+        return EXIT_INTERRUPTED
+    announced = True
     message = "the destination is as it was." if resumable else "nothing was written."
     if resumable and "--dry-run" not in COMMAND:
         again = command_line() if "--resume" in COMMAND else f"{command_line()} --resume"
         message += f" To go on where this stopped: {again}"
     error_line(message, prefix="interrupted: ", style="yellow")
+    return EXIT_INTERRUPTED
 
 
 def _is_exit(error: BaseException) -> bool:

@@ -1,59 +1,51 @@
-"""`quantkit.evaluate`: perplexity of checkpoints, and how far they are from their source."""
+"""`quantkit.evaluate`: what checkpoints lost against their source, what they gained, and where."""
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import gc
 import os
-from collections.abc import Sequence
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from quantkit.errors import CheckpointError, UsageError
-from quantkit.eval.divergence import Divergence, divergence
-from quantkit.eval.perplexity import Perplexity, perplexity
+from quantkit.errors import CheckpointError, QuantkitError, UsageError
+from quantkit.eval.checks import run_checks
+from quantkit.eval.divergence import divergence, perplexity_of_cached
+from quantkit.eval.environment import checkpoint_hash, environment
+from quantkit.eval.layer_errors import SourceWeights, advise, layer_errors
+from quantkit.eval.perplexity import perplexity
 from quantkit.eval.protocols import DEFAULT_PROTOCOL, Protocol, resolve_protocol
+from quantkit.eval.reference_cache import (
+    CachedReference,
+    add_extra,
+    cache_directory,
+    cache_key,
+    key_name,
+    open_reference,
+    prune,
+    record_reference,
+)
+from quantkit.eval.results import CheckScore, EvalResult, EvalRow, from_plain
 from quantkit.eval.scoring import model_positions
+from quantkit.eval.speed import SpeedPlan, measure_speed
 from quantkit.eval.text import EvalText, load_text
+from quantkit.eval.watch import watch
+from quantkit.memory import release_freed
 from quantkit.progress import NullProgress, Progress
-from quantkit.report_types import Report
+from quantkit.report_types import to_plain
+
+__all__ = ["EvalResult", "EvalRow", "evaluate"]
 
 Checkpoint = str | os.PathLike[str]
-
-
-@dataclass
-class EvalRow(Report):
-    """One checkpoint."""
-
-    checkpoint: str
-    format: str | None  # None: not quantized
-    bits_per_weight: float  # of the quantized layers; of the whole model when none is quantized
-    bits_per_weight_model: float
-    size: int  # bytes of all tensors
-    perplexity: Perplexity
-    divergence: Divergence | None = None  # from the reference
-    is_reference: bool = False
-
-
-@dataclass
-class EvalResult(Report):
-    """What `quantkit eval` prints; the reference, where there is one, is the first row."""
-
-    data: str
-    protocol: str
-    tokens: int  # of the text
-    device: str
-    reference: str | None
-    rows: list[EvalRow] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-    def to_text(self) -> str:
-        """The table as plain text."""
-        from quantkit.eval.table import to_text
-
-        return to_text(self)
+CACHE_LIMIT = 20 << 30  # bytes that the caches of all references may take
 
 
 def evaluate(
@@ -63,30 +55,76 @@ def evaluate(
     data: str | Path = "builtin",
     tokens: int | None = None,
     protocol: str | Protocol = DEFAULT_PROTOCOL,
+    window: int | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str | None = None,
     batch: int = 1,
+    layers: bool = True,
+    checks: bool = True,
+    tasks: Sequence[str] = (),
+    task_path: str | Path | None = None,
+    task_limit: int | None = None,
+    speed: SpeedPlan | bool | None = None,
+    hashes: bool = False,
+    cache: str | Path | None = None,
+    reference_row: bool = True,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> EvalResult:
     """Measure `checkpoints` (directories or hub ids, quantized or not) on one text.
 
     With a `reference` (usually the unquantized source) every checkpoint is also compared with its
-    predictions, window by window: two models are in memory at once. `tokens` limits the text (default:
-    16384 of "builtin", all of another); `protocol` is "gptq", "hqq", "llama.cpp" or a `Protocol`.
+    predictions. The reference runs once and is freed; its predictions are kept on disk.
+
+    Parameters
+    ----------
+    data, tokens: the text ("builtin", "wikitext2", "c4", a file, a dataset id) and at most how much of it
+        (default: 16384 tokens of "builtin", all of another).
+    protocol, window: "gptq", "hqq", "llama.cpp", "lm-eval" or a `Protocol`; `window` tokens instead of its own.
+    batch: windows that run at once; logits of one batch are the largest thing in memory besides a model.
+    layers: measure every quantized layer's output error (needs the reference). checks: passkey, copying and
+        arithmetic. tasks, task_path, task_limit: lm-eval tasks by name (extra "eval"), a directory with
+        further task files, and at most so many examples of each.
+    speed: measure tokens/s, time to first token and memory; a `SpeedPlan` chooses batches and contexts.
+    hashes: sha256 of every checkpoint.
+    cache: directory for the reference's predictions; None: `$QUANTKIT_CACHE` or ~/.cache/quantkit, where
+        the oldest are removed beyond 20 GB; "none": a temporary one.
+    reference_row: False leaves out the reference's own row, with its checks, tasks and speed.
 
     UsageError, CalibrationError or CheckpointError say what does not fit before any model runs.
     """
     if isinstance(checkpoints, str | os.PathLike):
         checkpoints = [checkpoints]
-    paths = [os.fspath(path) for path in checkpoints]
+    paths = list(dict.fromkeys(os.fspath(path) for path in checkpoints))
     against = None if reference is None else os.fspath(reference)
     if not paths:
         raise UsageError("there is no checkpoint to evaluate", hint="Give at least one.")
     if batch < 1:
         raise UsageError(f"batch must be at least 1, not {batch}", hint="Leave it out.")
+    plan = SpeedPlan() if speed is True else (speed or None)
+    if tasks:
+        from quantkit.eval.tasks import check_tasks
+
+        check_tasks(tasks, task_path)
     run = _Run(
-        data, tokens, protocol, str(device), dtype, batch, trust_remote_code, progress or NullProgress()
+        data,
+        tokens,
+        protocol,
+        window,
+        str(device),
+        dtype,
+        batch,
+        layers,
+        checks,
+        list(tasks),
+        task_path,
+        task_limit,
+        plan,
+        hashes,
+        cache,
+        reference_row,
+        trust_remote_code,
+        progress or NullProgress(),
     )
     try:
         return run.evaluate(paths, against)
@@ -101,9 +139,19 @@ class _Run:
     data: str | Path
     tokens: int | None
     protocol: str | Protocol
+    window: int | None
     device: str
     dtype: torch.dtype | str | None
     batch: int
+    layers: bool
+    checks: bool
+    tasks: list[str]
+    task_path: str | Path | None
+    task_limit: int | None
+    speed: SpeedPlan | None
+    hashes: bool
+    cache: str | Path | None
+    reference_row: bool
     trust_remote_code: bool
     progress: Progress
     warnings: list[str] = field(default_factory=list)
@@ -115,25 +163,48 @@ class _Run:
         self.progress.stage("reading text")
         base = against or paths[0]
         texts = self._texts(base, paths, compared=against is not None)
-        protocol, _ = resolve_protocol(self.protocol, _positions(base), len(texts[base].ids))
-        protocol.windows(len(texts[base].ids))  # is the text long enough?
-        original = None if against is None else self._load(against)
-        result = EvalResult(texts[base].source, "", len(texts[base].ids), self.device, against)
-        rows: list[EvalRow] = []
-        for path in paths:
-            if path == against:
-                continue
-            ppl, kl = self._measure(path, texts[path], original, against)
-            rows.append(_row(path, facts[path], ppl, kl))
-            if kl is not None and against is not None and len(rows) == 1:
-                result.rows.append(_row(against, facts[against], kl.reference, None, is_reference=True))
-        if against is not None and not rows:  # the reference alone
-            ppl = self._perplexity(original, against, texts[against])
-            rows.append(_row(against, facts[against], ppl, None, is_reference=True))
-        result.rows.extend(rows)
-        result.protocol = rows[0].perplexity.protocol
+        candidates = [path for path in paths if path != against]
+        limits = [n for path in ([against] if against else paths[:1]) if (n := _positions(path))]
+        protocol, remark = resolve_protocol(
+            self.protocol, min(limits, default=None), len(texts[base].ids), self.window
+        )
+        protocol.windows(len(texts[base].ids) + protocol.prefix)  # is the text long enough?
+        if remark:
+            self.warnings.append(f"protocol {protocol.name}: {remark}, so compare only within this table")
+        if protocol.prefix and texts[base].prefix_token_id is None:
+            self.warnings.append("the tokenizer has neither BOS nor EOS: the first token is not scored")
+        result = EvalResult(
+            texts[base].source, protocol.describe(), len(texts[base].ids), self.device, against
+        )
+        result.environment = environment(self.device)
+        result.date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+        with contextlib.ExitStack() as stack:
+            cached = None
+            if against is not None:
+                folder = stack.enter_context(self._cache_folder())
+                row, cached = self._reference(against, facts[against], texts[against], protocol, folder)
+                if self.reference_row or not candidates:
+                    result.rows.append(row)
+                if not candidates:
+                    row.perplexity = self._named(
+                        perplexity_of_cached(
+                            cached, texts[base].ids, protocol, self._bos(texts[base], protocol)
+                        ),
+                        texts[base],
+                        protocol,
+                    )
+            for path in candidates:
+                if facts[path].format is None and against is not None:
+                    self.warnings.append(f"{path} is not quantized")
+                row = self._candidate(path, facts[path], texts[path], protocol, cached, against)
+                result.rows.append(row)
+                first = len(result.rows) == 2 and result.rows[0].is_reference
+                if first and row.divergence is not None:
+                    result.rows[0].perplexity = self._named(row.divergence.reference, texts[base], protocol)
         result.warnings.extend(dict.fromkeys(self.warnings))
         return result
+
+    # -- the text ---------------------------------------------------------------------------------
 
     def _texts(self, base: str, paths: list[str], compared: bool) -> dict[str, EvalText]:
         """The text as each checkpoint's own tokenizer reads it; one object where they agree."""
@@ -165,47 +236,191 @@ class _Run:
                 )
         return texts
 
-    def _load(self, path: str) -> Any:
+    @staticmethod
+    def _bos(text: EvalText, protocol: Protocol) -> int | None:
+        return text.prefix_token_id if protocol.prefix else text.bos_token_id
+
+    @staticmethod
+    def _named(found: Any, text: EvalText, protocol: Protocol) -> Any:
+        """Perplexity with lm-eval's figures where its protocol was asked for."""
+        if protocol.prefix:
+            found.per_text(text.words, text.utf8_bytes)
+        return found
+
+    # -- models -----------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _model(self, path: str) -> Iterator[tuple[Any, float]]:
+        """(model, seconds to load it); freed at the end."""
         from quantkit.load import load
 
         self.progress.stage(f"loading {path}")
-        return load(path, device=self.device, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
-
-    def _measure(
-        self, path: str, text: EvalText, original: Any, against: str | None
-    ) -> tuple[Perplexity, Divergence | None]:
-        """Perplexity of a checkpoint, and its divergence where there is a reference."""
-        model = self._load(path)
+        began = time.perf_counter()
+        model = load(path, device=self.device, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+        if torch.device(self.device).type != "cpu":
+            torch.accelerator.synchronize()
         try:
-            if against is None:
-                return self._perplexity(model, path, text), None
-            self.progress.stage(f"comparing {path} with {against}")
-            self._note_protocol(model, text)
-            found = divergence(
-                original,
-                model,
-                text.ids,
-                self.protocol,
-                batch=self.batch,
-                bos_token_id=text.bos_token_id,
-                names=(against, path),
-            )
-            return found.candidate, found
+            yield model, time.perf_counter() - began
         finally:
             del model
             gc.collect()
+            release_freed()
 
-    def _perplexity(self, model: Any, path: str, text: EvalText) -> Perplexity:
-        self.progress.stage(f"measuring {path}")
-        self._note_protocol(model, text)
-        return perplexity(
-            model, text.ids, self.protocol, batch=self.batch, bos_token_id=text.bos_token_id, name=path
+    @contextlib.contextmanager
+    def _cache_folder(self) -> Iterator[Path]:
+        if self.cache == "none":
+            made = Path(tempfile.mkdtemp(prefix="quantkit-eval-"))
+            try:
+                yield made
+            finally:
+                shutil.rmtree(made, ignore_errors=True)
+        else:
+            yield (Path(self.cache) if self.cache else cache_directory() / "reference")
+
+    def _reference(
+        self, path: str, facts: Any, text: EvalText, protocol: Protocol, folder: Path
+    ) -> tuple[EvalRow, CachedReference]:
+        """The reference's row, its perplexity still missing, and its predictions, cached ones if they fit."""
+        bos = self._bos(text, protocol)
+        key = cache_key(
+            _fingerprint(path),
+            text.ids,
+            protocol,
+            bos,
+            dtype=self.dtype,
+            device=torch.device(self.device).type,
         )
+        place = folder / key_name(key)
+        cached: CachedReference | None = None
+        try:
+            cached = open_reference(place, key, self.device)
+        except CheckpointError as error:
+            self.warnings.append(f"cached predictions are made again: {error.what}")
+        row = _row(path, facts, None, is_reference=True)
+        wanted = self.checks and "checks" not in (cached.extra if cached else {})
+        wanted = self.reference_row and (wanted or bool(self.speed) or bool(self.tasks))
+        if cached is None or wanted:
+            with self._model(path) as (model, seconds):
+                row.load_seconds = seconds
+                if cached is None:
+                    cached = record_reference(
+                        model,
+                        text.ids,
+                        protocol,
+                        place,
+                        key,
+                        batch=self.batch,
+                        bos_token_id=bos,
+                        name=path,
+                        on_progress=watch(self.progress, f"running {path} once"),
+                    )
+                if wanted:
+                    self._extras(model, path, row)
+                if wanted and self.checks:
+                    add_extra(cached, checks=to_plain(row.checks))
+            prune(folder, place, CACHE_LIMIT)
+        elif self.checks and "checks" in cached.extra:
+            row.checks = _restore_checks(cached.extra["checks"])
+        if self.hashes:
+            row.sha256 = checkpoint_hash(path)
+        return row, cached
 
-    def _note_protocol(self, model: Any, text: EvalText) -> None:
-        protocol, remark = resolve_protocol(self.protocol, model_positions(model), len(text.ids))
-        if remark:
-            self.warnings.append(f"protocol {protocol.name}: {remark}, so compare only within this table")
+    def _candidate(
+        self,
+        path: str,
+        facts: Any,
+        text: EvalText,
+        protocol: Protocol,
+        cached: CachedReference | None,
+        against: str | None,
+    ) -> EvalRow:
+        bos = self._bos(text, protocol)
+        with self._model(path) as (model, seconds):
+            row = _row(path, facts, seconds)
+            limit = model_positions(model)
+            if cached is None and limit is not None and limit < protocol.fed:
+                protocol, _ = resolve_protocol(self.protocol, limit, len(text.ids), self.window)
+                self.warnings.append(f"{path} has {limit} positions: its windows are shorter")
+            if cached is None:
+                seen = watch(self.progress, f"measuring {path}")
+                row.perplexity = perplexity(
+                    model, text.ids, protocol, batch=self.batch, bos_token_id=bos, on_progress=seen, name=path
+                )
+            else:
+                row.divergence = divergence(
+                    cached,
+                    model,
+                    text.ids,
+                    protocol,
+                    batch=self.batch,
+                    bos_token_id=bos,
+                    on_progress=watch(self.progress, f"comparing {path} with {against}"),
+                    names=(str(against), path),
+                )
+                row.perplexity = row.divergence.candidate
+            self._named(row.perplexity, text, protocol)
+            if self.layers and against is not None and facts.format is not None:
+                self._layers(model, path, against, text, row)
+            self._extras(model, path, row)
+        if self.hashes:
+            row.sha256 = checkpoint_hash(path)
+        return row
+
+    def _layers(self, model: Any, path: str, against: str, text: EvalText, row: EvalRow) -> None:
+        self.progress.stage(f"layers of {path}")
+        try:
+            with SourceWeights(against, trust_remote_code=self.trust_remote_code) as source:
+                row.layers = layer_errors(model, source, text.ids, layout=row.format)
+        except QuantkitError as error:
+            self.warnings.append(f"layers of {path} are not compared: {error.what}")
+        advise(row.layers, path)
+
+    def _extras(self, model: Any, path: str, row: EvalRow) -> None:
+        """Checks, tasks and speed of a loaded model."""
+        if not (self.checks or self.tasks or self.speed):
+            return
+        from quantkit.load import load_tokenizer
+
+        tokenizer = None
+        with contextlib.suppress(CheckpointError):
+            tokenizer = load_tokenizer(path, trust_remote_code=self.trust_remote_code)
+        if tokenizer is None:
+            if self.checks or self.tasks:
+                self.warnings.append(f"{path} has no tokenizer, so no checks or tasks ran")
+        else:
+            if self.checks:
+                self.progress.stage(f"checks of {path}")
+                row.checks = run_checks(model, tokenizer)
+            if self.tasks:
+                from quantkit.eval.tasks import run_tasks
+
+                self.progress.stage(f"tasks of {path}")
+                row.tasks = run_tasks(
+                    model,
+                    tokenizer,
+                    self.tasks,
+                    task_path=self.task_path,
+                    limit=self.task_limit,
+                    batch=self.batch,
+                )
+        if self.speed:
+            self.progress.stage(f"speed of {path}")
+            row.speed = measure_speed(model, self.speed, load_seconds=row.load_seconds or 0.0)
+
+
+def _restore_checks(values: Any) -> list[CheckScore]:
+    try:
+        return [from_plain(CheckScore, value) for value in values]
+    except (TypeError, ValueError):
+        raise CheckpointError("the cached checks are damaged", hint="Delete the cache directory.") from None
+
+
+def _fingerprint(path: str) -> str:
+    from quantkit.checkpoint import CheckpointReader
+    from quantkit.hub import resolve_model
+
+    with CheckpointReader(resolve_model(path)) as reader:
+        return reader.fingerprint()
 
 
 def _positions(path: str) -> int | None:
@@ -223,8 +438,9 @@ def _positions(path: str) -> int | None:
     return None
 
 
-def _row(
-    path: str, facts: Any, ppl: Perplexity, kl: Divergence | None, is_reference: bool = False
-) -> EvalRow:
+def _row(path: str, facts: Any, seconds: float | None, is_reference: bool = False) -> EvalRow:
     bits = facts.bits_per_weight if facts.bits_per_weight is not None else facts.bits_per_weight_model
-    return EvalRow(path, facts.format, bits, facts.bits_per_weight_model, facts.size, ppl, kl, is_reference)
+    row = EvalRow(path, facts.format, bits, facts.bits_per_weight_model, facts.size, None)  # type: ignore[arg-type]
+    row.options = {k: v for k, v in facts.options.items() if v is not None}
+    row.load_seconds, row.is_reference = seconds, is_reference
+    return row

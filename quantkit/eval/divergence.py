@@ -3,23 +3,36 @@
     KL_t = sum_v p_t(v) * (log p_t(v) - log q_t(v))      for every scored token t, in nats
 
 Unlike a difference of perplexities it is zero only for equal predictions and cannot cancel between
-tokens. Both models see the same windows, side by side.
+tokens. Both see the same windows: two models side by side, or one beside the other's cached predictions
+(`quantkit.eval.reference_cache`).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantkit.errors import UsageError
-from quantkit.eval.perplexity import OnProgress, Perplexity, summarize, weighted_mean
+from quantkit.eval.perplexity import OnProgress, Perplexity, summarize, token_losses, weighted_mean
 from quantkit.eval.protocols import DEFAULT_PROTOCOL, Protocol, resolve_protocol
-from quantkit.eval.scoring import Scorer, batches, check_finite, check_ids, log_prob_chunks, model_positions
+from quantkit.eval.reference_cache import CachedReference
+from quantkit.eval.scoring import (
+    Scorer,
+    batches,
+    check_finite,
+    check_ids,
+    log_prob_chunks,
+    model_positions,
+    with_prefix,
+)
 from quantkit.report_types import Report
+
+#: Shares of tokens whose KL lies below `Divergence.kl_quantiles`: 0, 2.5, ..., 97.5, 99, 99.9, 100 %.
+QUANTILES = (*(i / 40 for i in range(40)), 0.99, 0.999, 1.0)
 
 
 @dataclass
@@ -39,6 +52,9 @@ class Divergence(Report):
     ppl_ratio_stderr: float  # from the paired differences, so much smaller than either one's error
     reference: Perplexity
     candidate: Perplexity
+    rms_dp: float = 0.0  # root mean square of q_t(true token) - p_t(true token), llama.cpp's "RMS Δp"
+    rms_dp_stderr: float = 0.0
+    kl_quantiles: list[float] = field(default_factory=list)  # at QUANTILES, nats
 
 
 def divergence(
@@ -54,18 +70,23 @@ def divergence(
 ) -> Divergence:
     """Compare two causal models on `token_ids` (int64 `[T]`); options as in `perplexity`.
 
-    The models may sit on different devices; logits are compared on the reference's. UsageError when
-    their vocabularies differ.
+    `reference` is a model or a `CachedReference` of the same text and protocol. The models may sit on different
+    devices; logits are compared on the reference's. UsageError when their vocabularies differ.
     """
-    ids = check_ids(check_ids(token_ids, reference, names[0]), candidate, names[1])
-    limits = [n for n in (model_positions(reference), model_positions(candidate)) if n]
-    protocol, _ = resolve_protocol(protocol, min(limits, default=None), len(ids))
+    cached = isinstance(reference, CachedReference)
+    ids = token_ids if cached else check_ids(token_ids, reference, names[0])
+    ids = check_ids(ids, candidate, names[1])
+    limits = [reference.positions if cached else model_positions(reference), model_positions(candidate)]
+    protocol, _ = resolve_protocol(protocol, min((n for n in limits if n), default=None), len(ids))
+    ids = with_prefix(ids, protocol, bos_token_id)
     total = len(protocol.windows(len(ids)))
-    scorers = (Scorer(reference, names[0]), Scorer(candidate, names[1]))
+    if cached:
+        reference.rewind()
+    scorers = (reference if cached else Scorer(reference, names[0]), Scorer(candidate, names[1]))
     parts: list[Tensor] = []  # float64 [5, n]: KL, same top-1, losses of both, weight
     done = 0
     for inputs, targets, window in batches(ids, protocol, batch, bos_token_id):
-        ours, theirs = (scorer.logits(inputs, window.first).flatten(0, 1) for scorer in scorers)
+        ours, theirs = (scorer.logits(inputs, window).flatten(0, 1) for scorer in scorers)
         if ours.shape[1] != theirs.shape[1]:
             raise UsageError(
                 f"{names[0]} predicts {ours.shape[1]} tokens and {names[1]} {theirs.shape[1]}",
@@ -79,6 +100,21 @@ def divergence(
     for losses, name in ((nll, names[0]), (nll_candidate, names[1])):
         check_finite(losses, name)
     return _summarize(kl, same, nll, nll_candidate, weights, total, protocol, scorers)
+
+
+def perplexity_of_cached(
+    cached: CachedReference, token_ids: Tensor, protocol: Protocol, bos_token_id: int | None
+) -> Perplexity:
+    """Perplexity of the model whose predictions are cached, without the model."""
+    ids = with_prefix(token_ids, protocol, bos_token_id)
+    cached.rewind()
+    losses, weights = [], []
+    for inputs, targets, window in batches(ids, protocol, 1, bos_token_id):
+        losses.append(token_losses(cached.logits(inputs, window).flatten(0, 1), targets.flatten()))
+        weights.append(torch.full_like(losses[-1], window.weight))
+    nll = torch.cat(losses)
+    check_finite(nll, cached.name)
+    return summarize(nll, torch.cat(weights), len(protocol.windows(len(ids))), protocol, cached)
 
 
 def _row(value: float, like: Tensor) -> Tensor:
@@ -106,13 +142,17 @@ def _summarize(
     weights: Tensor,
     windows: int,
     protocol: Protocol,
-    scorers: tuple[Scorer, Scorer],
+    scorers: tuple[Any, Scorer],
 ) -> Divergence:
     kl = kl.clamp_min(0.0)  # rounding can leave -1e-17
     mean, error = weighted_mean(kl, torch.ones_like(kl))
     agreement = float(same.mean())
     shift, shift_error = weighted_mean(nll_candidate - nll, weights)
     ratio = math.exp(shift) if shift < 700 else math.inf
+    square, square_error = weighted_mean(
+        ((-nll_candidate).exp() - (-nll).exp()).square(), torch.ones_like(kl)
+    )
+    rms = math.sqrt(square)
     ordered = kl.sort().values
     return Divergence(
         tokens=len(kl),
@@ -128,6 +168,9 @@ def _summarize(
         ppl_ratio_stderr=ratio * shift_error,
         reference=summarize(nll, weights, windows, protocol, scorers[0]),
         candidate=summarize(nll_candidate, weights, windows, protocol, scorers[1]),
+        rms_dp=rms,
+        rms_dp_stderr=square_error / (2 * rms) if rms > 0 else 0.0,
+        kl_quantiles=[quantile(ordered, share) for share in QUANTILES],
     )
 
 

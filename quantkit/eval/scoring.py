@@ -1,8 +1,8 @@
 """One window through a model, and log-probabilities in chunks: no float copy of all logits is ever made.
 
 A window's logits exist once, in the model's dtype and only for scored positions where the model can leave
-the others out (`logits_to_keep`). The log-softmax runs in float64 on CPU and CUDA devices (float32 where a
-device has no float64) over a few rows at a time.
+the others out (`logits_to_keep`). Where two distributions are compared the log-softmax runs in float64 on CPU
+and CUDA devices (float32 where a device has no float64), over a few rows at a time.
 """
 
 from __future__ import annotations
@@ -17,8 +17,12 @@ from torch import Tensor
 
 from quantkit.errors import NumericsError, UsageError
 from quantkit.eval.protocols import Protocol, Window
+from quantkit.memory import release_freed
 
-_CHUNK = 1 << 22  # logits turned into log-probabilities at once
+_TRIM_EVERY = (
+    4  # windows after which freed memory is given back: gaps in the heap add up to whole texts otherwise
+)
+_CHUNK = 1 << 20  # logits turned into log-probabilities at once
 _HEADS_WITHOUT_NEXT_TOKEN = ("MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering")
 
 
@@ -35,15 +39,17 @@ class Scorer:
         self.name = name
         self.seconds = 0.0
         self.fed = 0
+        self._calls = 0
         self.device = _device(model)
         parameters = inspect.signature(model.forward).parameters
-        self._keeps = "logits_to_keep" in parameters
+        self.keeps = "logits_to_keep" in parameters
         self._cache = {"use_cache": False} if "use_cache" in parameters else {}
 
-    def logits(self, ids: Tensor, first: int) -> Tensor:
-        """Logits `[B, L - first, V]` that predict tokens `first..L-1` of `ids` int64 `[B, L]`."""
-        kept = ids.shape[1] - first + 1
-        more = {**self._cache, **({"logits_to_keep": kept} if self._keeps else {})}
+    def logits(self, ids: Tensor, window: Window) -> Tensor:
+        """Logits `[B, n, V]` that predict the `n` scored tokens of windows like `window`, for what is fed
+        of them, `ids` int64 `[B, window.fed]`."""
+        kept = window.fed - window.first + 1
+        more = {**self._cache, **({"logits_to_keep": kept} if self.keeps else {})}
         begin = time.perf_counter()
         with torch.inference_mode():
             out: Tensor = self.model(input_ids=ids.to(self.device), **more).logits
@@ -51,7 +57,10 @@ class Scorer:
                 torch.accelerator.synchronize(self.device)
         self.seconds += time.perf_counter() - begin
         self.fed += ids.numel()
-        return out[:, -kept:-1]
+        self._calls += 1
+        if self._calls % _TRIM_EVERY == 0 and self.device.type == "cpu":
+            release_freed()
+        return out[:, -kept:][:, : window.length - window.first]
 
 
 def model_positions(model: Any) -> int | None:
@@ -78,25 +87,24 @@ def check_ids(ids: Tensor, model: Any, name: str) -> Tensor:
     return ids
 
 
+def with_prefix(ids: Tensor, protocol: Protocol, bos_token_id: int | None) -> Tensor:
+    """`ids` after the prefix token that the protocol asks for; alone where it is not known."""
+    if not protocol.prefix or bos_token_id is None:
+        return ids
+    return torch.cat([torch.tensor([bos_token_id], dtype=ids.dtype), ids])
+
+
 def batches(
     ids: Tensor, protocol: Protocol, batch: int, bos_token_id: int | None
 ) -> Iterator[tuple[Tensor, Tensor, Window]]:
-    """(inputs `[B, L]`, targets `[B, L - first]`, one of the windows) for up to `batch` equal windows."""
+    """(inputs `[B, fed]`, targets `[B, L - first]`, one of the windows) for up to `batch` equal windows."""
     waiting: list[Window] = []
     for window in [*protocol.windows(len(ids)), None]:
-        alike = (
-            waiting
-            and window
-            and (window.length, window.first, window.weight)
-            == (
-                waiting[0].length,
-                waiting[0].first,
-                waiting[0].weight,
-            )
-        )
+        alike = waiting and window and window.kind() == waiting[0].kind()
         if waiting and (not alike or len(waiting) == max(1, batch)):
-            inputs = torch.stack([ids[w.start : w.stop] for w in waiting])
-            targets = inputs[:, waiting[0].first :].clone()
+            whole = torch.stack([ids[w.start : w.stop] for w in waiting])
+            targets = whole[:, waiting[0].first :].clone()
+            inputs = whole[:, : waiting[0].fed]
             if protocol.bos and bos_token_id is not None:
                 inputs[:, 0] = bos_token_id
             yield inputs, targets, waiting[0]
@@ -105,13 +113,18 @@ def batches(
             waiting.append(window)
 
 
+def chunks(logits: Tensor) -> Iterator[slice]:
+    """Slices of the rows of logits `[R, V]` that are few enough to be converted at once."""
+    rows, vocabulary = logits.shape
+    step = max(1, _CHUNK // vocabulary)
+    for at in range(0, rows, step):
+        yield slice(at, min(at + step, rows))
+
+
 def log_prob_chunks(*logits: Tensor) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
     """(rows, log-probabilities of those rows) for logits `[R, V]` of one or two models."""
-    rows, vocabulary = logits[0].shape
-    step = max(1, _CHUNK // vocabulary)
     exact = torch.float64 if logits[0].device.type in ("cpu", "cuda") else torch.float32
-    for at in range(0, rows, step):
-        part = slice(at, at + step)
+    for part in chunks(logits[0]):
         yield part, tuple(torch.log_softmax(t[part].to(logits[0].device, exact), dim=-1) for t in logits)
 
 

@@ -1,7 +1,8 @@
-"""Text to evaluate on: "builtin", "wikitext2", or a file -> token ids."""
+"""Text to evaluate on: "builtin", "wikitext2", "c4", a file or a dataset id -> token ids."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,9 @@ from quantkit.calibration_data import json_rows
 from quantkit.errors import CalibrationError, UsageError, did_you_mean
 
 BUILTIN_TOKENS = 16384  # evaluated on the built-in text unless more are asked for
+_C4 = {"data_files": {"validation": "en/c4-validation.00000-of-00008.json.gz"}, "split": "validation"}
+_C4_TOKENS = 256 * 2048  # what GPTQ's script takes of it
+_DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]*){0,2}", re.ASCII)
 _CHARS_PER_TOKEN = 8  # first guess of how much text makes a token
 
 
@@ -24,6 +28,9 @@ class EvalText:
     ids: Tensor
     source: str
     bos_token_id: int | None  # None when the tokenizer adds none
+    prefix_token_id: int | None = None  # BOS, else EOS: what lm-eval puts before a text
+    words: int = 0  # separated by white space, as lm-eval counts them
+    utf8_bytes: int = 0
 
 
 def load_text(source: str | Path, tokenizer: Any, tokens: int | None = None) -> EvalText:
@@ -31,7 +38,8 @@ def load_text(source: str | Path, tokenizer: Any, tokens: int | None = None) -> 
 
     `source`: "builtin" (documentation and sources of Python's standard library, the split that neither
     the example models' training nor calibration uses), "wikitext2" (the raw test split; needs the
-    `datasets` package), or a .txt or .jsonl file ({"text": ...} rows, joined by blank lines).
+    `datasets` package), "c4" (the first validation file, as GPTQ reads it), a .txt or .jsonl file
+    ({"text": ...} rows, joined by blank lines), or a dataset id "owner/name[:config[:split]]".
     UsageError for an unknown source; CalibrationError when the text is empty or not UTF-8.
     """
     if tokens is not None and tokens < 2:
@@ -46,8 +54,25 @@ def load_text(source: str | Path, tokenizer: Any, tokens: int | None = None) -> 
         found = _encode(text, tokenizer, label)
         enough = tokens is None or budget is None or len(found.ids) > tokens or len(text) < budget
         if enough:
-            return EvalText(found.ids[:tokens], label, found.bos_token_id)
+            return _cut(found, text, tokens, tokenizer)
         budget = 2 * (budget or 0)
+
+
+def _cut(found: EvalText, text: str, tokens: int | None, tokenizer: Any) -> EvalText:
+    """At most `tokens` tokens, with the words and bytes of the text that they spell."""
+    ids = found.ids[:tokens]
+    if len(ids) < len(found.ids):
+        text = tokenizer.decode(
+            ids[found.bos_token_id is not None :].tolist(), clean_up_tokenization_spaces=False
+        )
+    return EvalText(
+        ids,
+        found.source,
+        found.bos_token_id,
+        tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id,
+        len(re.split(r"\s+", text)),
+        len(text.encode("utf-8", "replace")),
+    )
 
 
 def _reader(source: str) -> tuple[Callable[[int | None], str], str, int | None]:
@@ -61,10 +86,24 @@ def _reader(source: str) -> tuple[Callable[[int | None], str], str, int | None]:
     path = Path(source).expanduser()
     if source.lower().replace("-", "").replace("_", "") == "wikitext2" and not path.exists():
         return _wikitext2, "wikitext2 (raw, test split)", None
+    if source.lower() == "c4" and not path.exists():
+        return (
+            lambda limit: _dataset("allenai/c4", limit, **_C4),
+            "c4 (en, first validation file)",
+            _C4_TOKENS,
+        )
     if not path.exists():
-        hint = did_you_mean(source, ["builtin", "wikitext2"])
+        if _DATASET_ID.fullmatch(source):
+            repo, config, split = (*source.split(":"), "", "")[:3]
+            return (
+                lambda limit: _dataset(repo, limit, name=config or None, split=split or "test"),
+                source,
+                BUILTIN_TOKENS,
+            )
+        hint = did_you_mean(source, ["builtin", "wikitext2", "c4"])
         raise UsageError(
-            f"evaluation text {source!r} does not exist", hint=f"{hint} Or give a .txt or .jsonl file."
+            f"evaluation text {source!r} does not exist",
+            hint=f"{hint} Or give a .txt or .jsonl file, or a dataset id (owner/name:config:split).",
         )
     if path.is_dir():
         raise UsageError(f"evaluation text {source!r} is a directory", hint="Give a .txt or .jsonl file.")
@@ -96,19 +135,47 @@ def _builtin(limit: int | None) -> str:
 
 
 def _wikitext2(limit: int | None) -> str:
+    rows = _load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")["text"]
+    return "\n\n".join(rows)[:limit]
+
+
+def _dataset(repo: str, limit: int | None, **which: Any) -> str:
+    """Texts of a hub dataset, joined by blank lines, until there are `limit` characters."""
+    texts: list[str] = []
+    size = 0
+    rows = iter(_load_dataset(repo, streaming=True, **which))
+    while limit is None or size <= limit:
+        try:
+            row = next(rows, None)
+        except Exception as error:  # streaming meets the network here
+            raise _unreadable(repo, error) from error
+        if row is None:
+            break
+        value = row.get("text")
+        if not isinstance(value, str):
+            raise CalibrationError(f'dataset {repo}: rows have no "text"', hint="Give another dataset.")
+        texts.append(value)
+        size += len(value) + 2
+    return "\n\n".join(texts)[:limit]
+
+
+def _load_dataset(repo: str, *args: Any, **kwargs: Any) -> Any:
     try:
         from datasets import load_dataset  # type: ignore[import-not-found,unused-ignore]
     except ImportError:
         raise UsageError(
-            "wikitext2 is read with the datasets package, which is not installed",
+            f"{repo} is read with the datasets package, which is not installed",
             hint="pip install datasets, give a text file, or use 'builtin'.",
         ) from None
     try:
-        rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")["text"]
+        return load_dataset(repo, *args, **kwargs)
     except Exception as error:
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise CalibrationError(f"wikitext2: {first}", hint="Give a text file, or use 'builtin'.") from error
-    return "\n\n".join(rows)[:limit]
+        raise _unreadable(repo, error) from error
+
+
+def _unreadable(repo: str, error: Exception) -> CalibrationError:
+    first = next(iter(str(error).splitlines()), type(error).__name__)
+    return CalibrationError(f"dataset {repo}: {first}", hint="Give a text file, or use 'builtin'.")
 
 
 def _plain(path: Path, limit: int | None) -> str:

@@ -27,6 +27,7 @@ from quantkit.errors import CheckpointError, ConfigError
 from quantkit.formats import checks
 from quantkit.formats.base import FormatConfig, Layout, QuantizedLayers, ReadConfig
 from quantkit.formats.fp8 import FP8Config, read_e4m3
+from quantkit.formats.gptq_config import check_pattern
 
 _SCALES = (torch.float32, torch.bfloat16, torch.float16)
 _FORMATS = ("float-quantized", "naive-quantized", "pack-quantized", "dense")
@@ -224,10 +225,7 @@ def _read_group(name: str, group: Any, default_format: Any) -> tuple[CTScheme | 
         raise _refuse(f"{key}.targets", targets, "Expected a list of names")
     for target in targets:
         if target.startswith("re:"):
-            try:
-                re.compile(f"(?:{target[3:]}).*")
-            except (re.error, RecursionError, OverflowError):
-                raise _refuse(f"{key}.targets", target, "Not a valid regular expression") from None
+            check_pattern(target[3:], f"config.json: quantization_config.{key}.targets {target[:80]!r}")
     if group.get("weights") is None:
         return None, targets
     if group.get("output_activations") is not None:
@@ -260,7 +258,7 @@ def _read_weights(key: str, args: Any, activation: Activation | None) -> CTSchem
         raise _refuse(f"{key}.group_size", group, "Expected a positive integer")
     if strategy == "block":
         if isinstance(block, str):
-            block = [int(b) for b in block.split("x") if b.isdecimal()]
+            block = [int(b) for b in block.split("x") if b.isdecimal() and len(b) < 10]
         if not checks.two_positive(block):
             raise _refuse(f"{key}.block_structure", block, "Expected two positive integers")
     symmetric = args.get("symmetric", True)

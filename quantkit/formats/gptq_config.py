@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -181,8 +182,10 @@ def check_pattern(pattern: str, where: str) -> None:
     if len(pattern) > _MAX_PATTERN:
         raise ConfigError(f"{where} is a regular expression of {len(pattern)} characters")
     try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of doubtful syntax ("[[a]"), once per pattern on stderr
+            re.compile(pattern)
+    except (re.error, RecursionError, OverflowError, Warning) as error:
         raise ConfigError(f"{where} is not a regular expression: {error}") from None
     bare = re.sub(r"\[\^?\]?[^\]]*\]", "c", re.sub(r"\\.", "x", pattern, flags=re.DOTALL))
     repeats = len(re.findall(r"[*+{]", bare))

@@ -120,3 +120,109 @@ def test_errors_are_rounded_with_their_value() -> None:
     assert with_error(12345.6, 432.1) == "12346 ± 432"
     assert with_error(3.25, 0.0) == "3.25"
     assert with_error(float("inf"), 1.0) == "inf"
+
+
+# -- the reference's cache, layers, checks --------------------------------------------------------
+
+
+def test_the_reference_runs_once(
+    pair: tuple[Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, made = pair
+    settings = {"tokens": 600, "protocol": protocols.gptq(64), "cache": tmp_path / "cache"}
+    first = quantkit.evaluate(made[0], source, **settings)
+    loaded = []
+    plain = importlib.import_module("quantkit.load").load
+
+    def load(path: str, **kwargs: object) -> object:
+        loaded.append(path)
+        return plain(path, **kwargs)
+
+    monkeypatch.setattr(importlib.import_module("quantkit.load"), "load", load)
+    second = quantkit.evaluate(made[0], source, **settings)
+    assert loaded == [str(made[0])]
+    assert second.rows[0].checks == first.rows[0].checks != []
+    a, b = first.rows[1].divergence, second.rows[1].divergence
+    assert a is not None and b is not None and a.kl_mean == b.kl_mean
+    assert first.rows[0].perplexity.ppl == second.rows[0].perplexity.ppl
+
+    rows = next((tmp_path / "cache").rglob("rows-00000.safetensors"))
+    rows.write_bytes(rows.read_bytes()[:-4])  # damaged: made again, and said
+    (tmp_path / "cache" / "stray").write_text("")
+    with pytest.raises(Exception, match="is not what"):
+        quantkit.evaluate(made[0], source, **settings)
+    head = next((tmp_path / "cache").rglob("head.safetensors"))
+    head.write_bytes(b"x")
+    third = quantkit.evaluate(made[0], source, **settings)
+    assert any("made again" in warning for warning in third.warnings)
+    assert third.rows[1].divergence is not None and third.rows[1].divergence.kl_mean == a.kl_mean
+
+
+def test_no_cache_leaves_nothing(
+    pair: tuple[Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, made = pair
+    monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path / "unused"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    quantkit.evaluate(made[0], source, tokens=300, cache="none", checks=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_layers_and_checks_come_along(pair: tuple[Path, list[Path]]) -> None:
+    source, made = pair
+    result = quantkit.evaluate(made[1], source, tokens=600, hashes=True)
+    row = result.rows[1]
+    assert len(row.layers) == 14 and row.worst_layers(1)[0].advice
+    assert {check.name for check in row.checks} >= {"arithmetic"}
+    assert row.sha256 and len(row.sha256) == 64 and row.sha256 != result.rows[0].sha256
+    assert {"torch", "transformers", "quantkit", "device"} <= result.environment.keys() and result.date
+    assert row.divergence is not None and row.divergence.rms_dp > 0
+    assert len(row.divergence.kl_quantiles) == 43
+    text = result.to_text()
+    assert "worst layers" in text and "--override" in text and "arithmetic" in text
+    bare = quantkit.evaluate(made[1], source, tokens=300, layers=False, checks=False)
+    assert not bare.rows[1].layers and not bare.rows[1].checks
+
+
+def test_lm_evals_figures(pair: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    source, made = pair
+    text = tmp_path / "text.txt"
+    text.write_text("one two  three\nfour " * 20)
+    result = quantkit.evaluate(made[0], source, data=text, protocol="lm-eval")
+    for row in result.rows:
+        ppl = row.perplexity
+        assert ppl.tokens == len(text.read_bytes()) - 1  # a token per byte; nothing can go before the first
+        assert ppl.byte_ppl == pytest.approx(ppl.ppl ** (ppl.tokens / (ppl.tokens + 1)), rel=1e-6)
+        assert ppl.word_ppl is not None and ppl.word_ppl > ppl.ppl
+    assert "word perplexity" in result.to_text()
+    assert any("neither BOS nor EOS" in warning for warning in result.warnings)
+
+
+def test_a_candidate_that_is_not_quantized(pair: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    source, _ = pair
+    shutil.copytree(source, tmp_path / "copy")
+    result = quantkit.evaluate(tmp_path / "copy", source, tokens=300, checks=False)
+    row = result.rows[1]
+    assert any("copy is not quantized" in warning for warning in result.warnings)
+    assert row.divergence is not None and row.divergence.kl_mean < 1e-9 and row.layers == []
+
+
+def test_long_runs_say_how_far_they_are() -> None:
+    from quantkit.eval.watch import watch
+    from quantkit.progress import NullProgress
+
+    said: list[str] = []
+
+    class Listener(NullProgress):
+        def stage(self, text: str) -> None:
+            said.append(text)
+
+    seen = watch(Listener(), "measuring x", interval=0.0)
+    for done in range(1, 4):
+        seen(done, 3)
+    assert said[0] == "measuring x" and len(said) == 3
+    assert said[1].startswith("measuring x: 1/3 windows, ") and said[1].endswith(" left")
+    quiet = watch(Listener(), "measuring y", interval=60.0)
+    quiet(1, 2)
+    assert said[-1] == "measuring y"

@@ -105,6 +105,54 @@ def test_hqq(model: Any, batch: int, length: int, stride: int) -> None:
     assert result.tokens == count == len(text) - 1
 
 
+def lm_eval_directly(model: Any, ids: Tensor, prefix: int, max_length: int) -> tuple[float, list[int]]:
+    """loglikelihood_rolling: (summed loss, tokens predicted by each window), from its description."""
+    tokens, total, counts, done = [prefix, *ids.tolist()], 0.0, [], 0
+    while done < len(ids):
+        count = min(max_length, len(ids) - done)
+        stop = 1 + done + count
+        start = max(0, stop - 1 - max_length)
+        piece = torch.tensor(tokens[start:stop])
+        table = logp(model, piece[:-1])
+        for target in range(1 + done, stop):
+            total -= float(table[target - 1 - start, tokens[target]])
+        counts.append(count)
+        done += count
+    return total, counts
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("max_length", "size"), [(64, 333), (111, 333), (128, 100), (128, 128), (128, 129)])
+def test_lm_eval(model: Any, batch: int, max_length: int, size: int) -> None:
+    text = TEXT[:size]
+    result = perplexity(model, text, protocols.lm_eval(max_length), batch=batch, bos_token_id=2)
+    total, counts = lm_eval_directly(model, text, 2, max_length)
+    assert result.tokens == size == sum(counts) and result.windows == len(counts)
+    assert result.nll_total == pytest.approx(total, rel=1e-6)
+    assert result.ppl == pytest.approx(math.exp(total / size), rel=1e-5)
+    result.per_text(words=50, nbytes=700)
+    assert result.word_ppl == pytest.approx(math.exp(total / 50), rel=1e-4)
+    assert result.byte_ppl == pytest.approx(math.exp(total / 700), rel=1e-5)
+    assert result.bits_per_byte == pytest.approx(total / 700 / math.log(2), rel=1e-6)
+
+
+def test_lm_eval_takes_all_positions_but_not_more(model: Any) -> None:
+    result = perplexity(model, TEXT, "lm-eval", bos_token_id=1)
+    assert result.protocol == "lm-eval (windows of 128)"
+    assert resolve_protocol("lm_eval", 131072)[0].fed == 2048
+    with pytest.raises(UsageError, match="positions"):
+        perplexity(model, TEXT, protocols.lm_eval(129))
+
+
+def test_window_replaces_the_protocols_own() -> None:
+    assert resolve_protocol("gptq", 4096, 10**6, 512) == (protocols.gptq(512), "windows of 512 as asked")
+    assert resolve_protocol("hqq", None, None, 256)[0] == protocols.hqq(256, 128)
+    assert resolve_protocol("lm-eval", 4096, None, 4096)[0].fed == 4096
+    for window in (1, 5000):
+        with pytest.raises(UsageError, match="Choose from 2 to 4096"):
+            resolve_protocol("llama.cpp", 4096, None, window)
+
+
 @pytest.mark.parametrize("bos", [None, 1])
 @pytest.mark.parametrize("n_ctx", [64, 33])
 def test_llama_cpp(model: Any, bos: int | None, n_ctx: int) -> None:
@@ -166,15 +214,15 @@ def test_short_and_foreign_ids_are_refused(model: Any) -> None:
 def test_logits_are_widened_in_small_pieces(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = perplexity(model, TEXT, protocols.gptq(64))
     sizes = []
-    plain = torch.log_softmax
+    plain = torch.logsumexp
 
     def watched(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         sizes.append(x.numel())
-        assert x.dtype == torch.float64
+        assert x.dtype == torch.float32
         return plain(x, *args, **kwargs)
 
     monkeypatch.setattr(scoring, "_CHUNK", 256 * 5)
-    monkeypatch.setattr(torch, "log_softmax", watched)
+    monkeypatch.setattr(torch, "logsumexp", watched)
     parts = perplexity(model, TEXT, protocols.gptq(64), batch=3)
     assert max(sizes) == 256 * 5 and len(sizes) > 60
     assert parts.ppl == pytest.approx(whole.ppl, rel=1e-6)

@@ -47,6 +47,11 @@ def test_long_tokens_make_it_read_on(tmp_path: Path) -> None:
             ids = [len(w) % 7 for w in text.split()]
             return {"input_ids": [9, *ids, 8] if add_special_tokens else ids}
 
+        eos_token_id = 8
+
+        def decode(self, ids: list[int], **_: Any) -> str:
+            return " ".join("x" * i for i in ids)
+
     path = tmp_path / "long.txt"
     path.write_text(("x" * 99 + " ") * 300)
     found = load_text(path, Words(), 200)

@@ -1,0 +1,249 @@
+"""`quantkit.export`: a checkpoint in, an artifact that other runtimes execute out, with a proof."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import quantkit
+from quantkit.checkpoint import CheckpointReader
+from quantkit.errors import QuantkitError, UsageError, did_you_mean
+from quantkit.export import decoder as decoders
+from quantkit.export.proof import Expected, Proof, compare, expect
+from quantkit.export.result import ExportResult
+from quantkit.export.stage import MANIFEST, staged
+from quantkit.hub import resolve_model
+from quantkit.linear import QuantLinear
+from quantkit.load import find_quantized, load, read_layer
+from quantkit.progress import NullProgress, Progress
+
+TARGETS = ("onnx", "torch", "aoti")
+#: accuracy_level of MatMulNBits: 1 is float32 arithmetic, 4 rounds activations to int8.
+LEVELS = {0: 1, 1: 1, 4: 4}
+#: Default tolerance as a share of the largest logit: float32 arithmetic, and rounding of activations (where a
+#: tie may fall either way).
+EXACT, ROUNDED = 1e-4, 2e-2
+
+
+def export(
+    checkpoint: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    to: str = "onnx",
+    opset: int = 23,
+    atol: float | None = None,
+    kv_cache: bool = True,
+    accuracy_level: int = 1,
+    standard: bool = False,
+    keep_ops: bool = False,
+    device: str = "cpu",
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> ExportResult:
+    """Export `checkpoint` (directory or hub id) into the directory `output` and prove the result.
+
+    Parameters
+    ----------
+    to: "onnx" (onnxruntime, onnxruntime-genai), "torch" (a torch.export `.pt2`) or "aoti" (compiled package).
+    opset, standard, accuracy_level: ONNX only. `standard` uses no operators beyond the ONNX standard;
+        `accuracy_level` 4 rounds activations to int8 per block, 1 computes in float32.
+    atol: largest difference of a logit from the quantkit model; None is 1e-4 of the largest logit, or 2e-2
+        where activations are rounded.
+    kv_cache: False exports a graph without cache inputs and outputs (ONNX only).
+    keep_ops: "torch" only: keep quantkit's custom operators instead of decomposing them to aten.
+
+    Raises UsageError, CheckpointError, DestinationError or NumericsError (the proof failed), each in one
+    line; `output` is then what it was.
+    """
+    started = time.perf_counter()
+    progress = progress or NullProgress()
+    _check_arguments(to, opset, accuracy_level, kv_cache, standard, keep_ops, device)
+    path = resolve_model(checkpoint)
+    size = sum(f.stat().st_size for f in Path(path).iterdir() if f.name.endswith(".safetensors"))
+    notices: list[str] = []
+    level = LEVELS[accuracy_level]
+    with staged(output, overwrite=overwrite, source=Path(path), need_bytes=int(size * 1.1)) as folder:
+        progress.stage("loading the checkpoint")
+        model = load(path, trust_remote_code=trust_remote_code)
+        decoders.check_supported(model)
+        if model.quantkit_layout is None:
+            notices.append(f"{checkpoint} is not quantized: exported as it is")
+        _attach_nested(path, model)
+        rounded = level == 4 or any(m.activation for m in model.modules() if isinstance(m, QuantLinear))
+        progress.stage("running the reference")
+        expected = _expected(path, kv_cache, level if to == "onnx" else 1, trust_remote_code)
+        largest = max(float(t.abs().max()) for t in expected.logits)
+        allowed = atol if atol is not None else largest * (ROUNDED if rounded else EXACT)
+        decoders.prepare(model)
+        progress.stage(f"building the {to} artifact")
+        if to == "onnx":
+            nodes, proof = _onnx(model, folder, expected, allowed, opset, kv_cache, level, standard)
+        else:
+            nodes, proof = _program(model, folder, expected, allowed, to, keep_ops)
+        progress.stage("publishing")
+        _copy_files(path, folder)
+        settings = {"target": to, "device": device, "format": model.quantkit_layout, "keep_ops": keep_ops}
+        if to == "onnx":
+            settings |= {"opset": opset, "accuracy_level": level, "standard": standard, "kv_cache": kv_cache}
+        result = ExportResult(
+            str(checkpoint),
+            str(output),
+            to,
+            model.quantkit_layout,
+            size,
+            sum(f.stat().st_size for f in folder.iterdir() if f.name.startswith("model.")),
+            dict(sorted(nodes.items())),
+            proof,
+            0.0,
+            settings,
+            notices,
+        )
+        manifest = {"quantkit": quantkit.__version__, "torch": torch.__version__, **result.to_json()}
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    result.seconds = time.perf_counter() - started
+    return result
+
+
+def _check_arguments(
+    to: str, opset: int, level: int, kv_cache: bool, standard: bool, keep_ops: bool, device: str
+) -> None:
+    if to not in TARGETS:
+        raise UsageError(f"unknown target {to!r}", hint=did_you_mean(to, TARGETS))
+    if level not in LEVELS:
+        raise UsageError(f"accuracy level {level} is not one of 0, 1 and 4", hint="4 is fast, 1 is exact.")
+    if device != "cpu":
+        raise UsageError(f"export for device {device!r} is not supported yet", hint="Leave --device at cpu.")
+    if to == "onnx":
+        from importlib.util import find_spec
+
+        from quantkit.export.onnx_graph import check_opset
+
+        check_opset(opset)
+        missing = [n for n in ("onnx", "onnxscript", "onnxruntime") if find_spec(n) is None]
+        if missing:
+            raise UsageError(f"{', '.join(missing)} is not installed", hint="Install quantkit[onnx].")
+    if not kv_cache and to != "onnx":
+        raise UsageError(f"--no-kv-cache is for --to onnx, not {to}", hint="Leave it out.")
+    if keep_ops and to != "torch":
+        raise UsageError(f"--keep-ops is for --to torch, not {to}", hint="Leave it out.")
+    if (standard or level == 4) and to != "onnx":
+        raise UsageError("--standard and --accuracy-level are for --to onnx", hint="Leave them out.")
+
+
+def _expected(path: Any, kv_cache: bool, level: int, trust_remote_code: bool) -> Expected:
+    """The reference model is loaded, run and dropped before the export's own copy is changed."""
+    activations = "int8" if level == 4 else "exact"
+    model = load(path, dtype=torch.float32, cpu_activations=activations, trust_remote_code=trust_remote_code)
+    return expect(model, use_cache=kv_cache)
+
+
+def _attach_nested(path: Any, model: Any) -> None:
+    """Give NF4 layers the doubly quantized scales of the file, which loading decodes to float32."""
+    with CheckpointReader(path) as reader:
+        found = find_quantized(reader)
+        if found is None or found.layout.quant_method != "bitsandbytes":
+            return
+        for name in found.layers:
+            module = _module(model, name)
+            if module is not None:
+                packed = read_layer(reader, found, name, module.shape)
+                module.nested_absmax = getattr(packed, "nested", None)  # type: ignore[assignment]
+
+
+def _module(model: Any, name: str) -> QuantLinear | None:
+    from quantkit.experts import canonical_expert_name
+
+    path = canonical_expert_name(name + ".weight").removesuffix(".weight")
+    for candidate in (name, path, path.replace(".block_sparse_moe.", ".mlp.")):
+        try:
+            module = model.get_submodule(candidate)
+        except AttributeError:
+            continue
+        if isinstance(module, QuantLinear):
+            return module
+    return None
+
+
+def _onnx(
+    model: Any,
+    folder: Path,
+    expected: Expected,
+    atol: float,
+    opset: int,
+    kv_cache: bool,
+    level: int,
+    standard: bool,
+) -> tuple[dict[str, int], Proof]:
+    import onnx
+
+    from quantkit.export import onnx_graph, onnx_layers
+    from quantkit.export.genai import genai_config
+    from quantkit.export.onnx_run import OnnxRunner
+
+    shape = onnx_graph.CacheShape.of(model)
+    contrib = not standard
+    for path, module in list(model.named_modules()):
+        if isinstance(module, QuantLinear):
+            new = onnx_layers.onnx_layer(module, level=level, contrib=contrib)
+            setattr(model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], new)
+    attention = onnx_graph.contrib_attention if contrib and kv_cache else decoders.plain_attention
+    decoder = decoders.Decoder(model, attention, use_cache=kv_cache)
+    try:
+        nodes = onnx_graph.to_onnx(decoder, shape, opset, folder)
+    except (QuantkitError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise UsageError(
+            f"torch.onnx cannot export {type(model).__name__}: {type(error).__name__}: {str(error)[:200]}",
+            hint="Report the architecture; --debug shows the traceback.",
+        ) from error
+    onnx.checker.check_model(str(folder / onnx_graph.MODEL))
+    if kv_cache:
+        config = genai_config(model, shape, contrib=contrib)
+        (folder / "genai_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    runner = OnnxRunner(folder, shape, use_cache=kv_cache, level=level)
+    proof = compare(expected, runner, atol, "the ONNX model")
+    speed = runner.tokens_per_second() if kv_cache else None
+    return dict(nodes), _with_speed(proof, expected, speed)
+
+
+def _program(
+    model: Any, folder: Path, expected: Expected, atol: float, to: str, keep_ops: bool
+) -> tuple[dict[str, int], Proof]:
+    from quantkit.export import program
+
+    exported = program.trace(model, keep_ops=keep_ops)
+    file = folder / program.MODEL
+    if to == "torch":
+        program.save(exported, file)
+        run = program.load_program(file)
+    else:
+        run = program.compile_package(exported, file)
+    runner = program.StaticRunner(run, program.cache_shape(model))
+    proof = compare(expected, runner, atol, f"the {to} program")
+    return program.count_nodes(exported), _with_speed(proof, expected, runner.tokens_per_second())
+
+
+def _with_speed(proof: Proof, expected: Expected, speed: float | None) -> Proof:
+    from dataclasses import replace
+
+    source = expected.tokens_per_second or None
+    return replace(proof, artifact_tokens_per_second=speed, source_tokens_per_second=source)
+
+
+def _copy_files(path: Any, folder: Path) -> None:
+    """Tokenizer, generation config and config.json go along, so that runtimes find all in one place."""
+    with CheckpointReader(path) as reader:
+        for file in reader.other_files():
+            target = folder / Path(file).name
+            if not target.exists() and Path(file).name not in ("README.md", "quantize_config.json"):
+                target.write_bytes(Path(file).read_bytes())
+        config = {k: v for k, v in reader.config.items() if k != "quantization_config"}
+        # Without quantization_config: the packed weights are the graph's business now.
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,59 @@
+"""Running an exported ONNX decoder with onnxruntime."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit.export.onnx_graph import MODEL, CacheShape, names
+from quantkit.kernels import cpu_sessions
+
+
+class OnnxRunner:
+    """A `proof.Runner` over `folder/model.onnx`; the cache lives in the object."""
+
+    def __init__(self, folder: Path, shape: CacheShape, *, use_cache: bool, level: int) -> None:
+        self.session = open_session(folder / MODEL, level)
+        self.shape, self.use_cache = shape, use_cache
+        self.past: list[Any] = []
+
+    def __call__(self, ids: Tensor, mask: Tensor, positions: Tensor) -> tuple[Tensor, list[Tensor]]:
+        feeds = {"input_ids": ids.numpy(), "attention_mask": mask.numpy(), "position_ids": positions.numpy()}
+        if self.use_cache:
+            if not self.past or mask.shape[1] == ids.shape[1]:
+                empty = torch.zeros(ids.shape[0], self.shape.heads, 0, self.shape.size).numpy()
+                self.past = [empty] * (2 * self.shape.layers)
+            feeds.update(zip(names(self.shape, "past_key_values"), self.past))
+        logits, *self.past = self.session.run(None, feeds)
+        return torch.from_numpy(logits), [torch.from_numpy(t) for t in self.past]
+
+    def tokens_per_second(self, steps: int = 10) -> float:
+        """Median decode speed of one row."""
+        one = torch.ones(1, 1, dtype=torch.int64)
+        self(one, one, one * 0)
+        times = []
+        for i in range(1, steps + 1):
+            start = time.perf_counter()
+            self(one, torch.ones(1, i + 1, dtype=torch.int64), one * i)
+            times.append(time.perf_counter() - start)
+        return 1 / sorted(times)[len(times) // 2]
+
+
+def open_session(path: Path, level: int) -> Any:
+    """An onnxruntime session on the CPU with as many threads as torch has."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    # Or onnxruntime fuses DequantizeLinear + MatMul with int8 activations on its own account.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(level))
+    # quantkit's CPU kernels may have started onnxruntime's process-wide pool; then no session may have its own.
+    if cpu_sessions._shared_threads.cache_info().currsize and cpu_sessions._shared_threads():
+        options.use_per_session_threads = False
+    else:
+        options.intra_op_num_threads = torch.get_num_threads()
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,151 @@
+"""torch.export programs: one graph for prefill and decode, over a static cache.
+
+    logits, cache... = program(input_ids [B, S], attention_mask [B, L], position_ids [B, S],
+                               cache_position [S], [(key, value), ...] each float32 [B, H_kv, L, D])
+
+B, S and L are dynamic. By default quantkit's operators are decomposed into aten, so that a process with
+nothing but torch loads and runs the file; the weights stay packed in it and are dequantized by the graph.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.encoding import PackedWeight
+from quantkit.errors import UsageError
+from quantkit.export.decoder import StaticDecoder
+from quantkit.export.onnx_graph import CacheShape, quiet
+from quantkit.kernels import reference
+from quantkit.linear import QuantLinear
+
+MODEL = "model.pt2"
+
+
+class AtenLinear(nn.Module):
+    """A quantized layer as plain torch operations: quantkit's reference, traced."""
+
+    def __init__(self, layer: QuantLinear) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        bias = None if layer.bias is None else layer.bias.float()
+        # Not `layer.packed`: its `.data` would look like constants to the tracer.
+        tensors = {name: getattr(layer, name) for name in layer._packed_names}
+        packed = PackedWeight(layer.encoding, layer.shape, activation=layer.activation, **tensors)
+        return reference.quant_linear(x, packed, bias)
+
+
+def cache_shape(model: Any) -> CacheShape:
+    """Heads and sizes of the cache of a model."""
+    return CacheShape.of(model)
+
+
+def trace(model: Any, *, keep_ops: bool) -> Any:
+    """The ExportedProgram of a prepared model (see `quantkit.export.decoder.prepare`)."""
+    shape = CacheShape.of(model)
+    if not keep_ops:
+        for path, module in list(model.named_modules()):
+            if isinstance(module, QuantLinear):
+                setattr(
+                    model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], AtenLinear(module)
+                )
+    batch, new, length = 2, 3, 7
+    one = torch.zeros(batch, shape.heads, length, shape.size)
+    args = (
+        torch.ones(batch, new, dtype=torch.int64),
+        torch.ones(batch, length, dtype=torch.int64),
+        torch.arange(new)[None].repeat(batch, 1),
+        torch.arange(new),
+        [(one.clone(), one.clone()) for _ in range(shape.layers)],
+    )
+    any_size = torch.export.Dim.DYNAMIC
+    entry = {0: any_size, 2: any_size}
+    shapes = (
+        {0: any_size, 1: any_size},
+        {0: any_size, 1: any_size},
+        {0: any_size, 1: any_size},
+        {0: any_size},
+        [(dict(entry), dict(entry)) for _ in range(shape.layers)],
+    )
+    try:
+        with quiet(), torch.no_grad():
+            program = torch.export.export(StaticDecoder(model), args, dynamic_shapes=shapes, strict=False)
+            if not keep_ops:
+                program = program.run_decompositions({})
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise UsageError(
+            f"torch.export cannot trace {type(model).__name__}: {type(error).__name__}: {str(error)[:200]}",
+            hint="Report the architecture; --debug shows the traceback.",
+        ) from error
+    return program
+
+
+def save(program: Any, file: Path) -> None:
+    """Write the `.pt2`, without stack traces (which name this machine's paths): half of its bytes."""
+    for node in program.graph.nodes:
+        for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node", "torch_fn"):
+            node.meta.pop(key, None)
+    torch.export.save(program, file)
+
+
+def load_program(file: Path) -> Callable[..., Any]:
+    """The saved program as a callable."""
+    return torch.export.load(file).module()
+
+
+def compile_package(program: Any, file: Path) -> Callable[..., Any]:
+    """AOTInductor's package for the CPU; returns it loaded. Needs a C++ compiler."""
+    import shutil
+
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        raise UsageError("--to aoti needs a C++ compiler", hint="Install g++, or export --to torch.")
+    with quiet(), torch.no_grad():
+        torch._inductor.aoti_compile_and_package(program, package_path=str(file))
+    return torch._inductor.aoti_load_package(str(file))
+
+
+def count_nodes(program: Any) -> Counter[str]:
+    """Operators of the graph by name."""
+    return Counter(str(n.target) for n in program.graph.nodes if n.op == "call_function")
+
+
+class StaticRunner:
+    """A `proof.Runner` over a program with a static cache, which lives in the object."""
+
+    def __init__(self, program: Callable[..., Any], shape: CacheShape, length: int = 32) -> None:
+        self.program, self.shape, self.length = program, shape, length
+        self.cache: list[tuple[Tensor, Tensor]] = []
+
+    @torch.no_grad()
+    def __call__(self, ids: Tensor, mask: Tensor, positions: Tensor) -> tuple[Tensor, list[Tensor]]:
+        total = mask.shape[1]
+        if total == ids.shape[1]:
+            one = torch.zeros(ids.shape[0], self.shape.heads, self.length, self.shape.size)
+            self.cache = [(one.clone(), one.clone()) for _ in range(self.shape.layers)]
+        full = torch.nn.functional.pad(mask, (0, self.length - total))
+        places = torch.arange(total - ids.shape[1], total)
+        logits, *flat = self.program(ids, full, positions, places, self.cache)
+        self.cache = list(zip(flat[::2], flat[1::2]))
+        return logits, [t[:, :, :total] for t in flat]
+
+    def tokens_per_second(self, steps: int = 10) -> float:
+        """Median decode speed of one row."""
+        one = torch.ones(1, 1, dtype=torch.int64)
+        self(one, one, one * 0)
+        times = []
+        for i in range(1, steps + 1):
+            start = time.perf_counter()
+            self(one, torch.ones(1, i + 1, dtype=torch.int64), one * i)
+            times.append(time.perf_counter() - start)
+        return 1 / sorted(times)[len(times) // 2]

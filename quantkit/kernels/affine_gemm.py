@@ -1,0 +1,228 @@
+"""y = x @ W.T from packed affine weights, for M = 1 .. 128 (Triton).
+
+The product is computed as W @ x.T, with the weight as the first operand of the tensor cores, so that
+codes go from shared memory straight into the registers where the matrix instruction wants them, and a
+small M pads only to 8. A program owns BN rows of W; its K range is cut into KS slices that run side by
+side as a batched dot (one slice per warp or warp pair) and are added in a fixed order at the end. That
+is split-K without a second launch, a workspace or atomics, so results are the same bit for bit on
+every run.
+
+    one step of the loop, BK = BKB * PER inputs per slice:
+
+        codes  [KS, BN, BKB] u8 --unpack--> q + OFFSET  PER x [KS, BN, BKB]
+        x      [KS, BM, BK]     --split---> PER x [KS, BM, BKB] --transpose--> [KS, BKB, BM]
+        part   [KS, BN, BM] f32 = sum over parts of dot;  sums = the same with ones for the weight
+        acc   += (part - sums * (zero + OFFSET)) * scale[KS, BN]
+
+where the group size is a multiple of BK, so that a row of the tile has one scale ("row" scales);
+
+otherwise each weight is scaled before the dot, at the price of a rounding.
+
+Around the product, each only where its flag is set:
+
+    HAS_NORM      x is RMS-normalized: x * norm_weight enters the dot, and since the row's factor
+                  1 / rms(x) is common to a column of the result, it multiplies the sums at the end
+    GATED         rows n and n + N/2 of W are gate and up: silu(gate) * up leaves, N/2 wide
+    HAS_BIAS, HAS_RESIDUAL are added (the residual last)
+
+With SPLIT > 1, program_id(1) takes every SPLIT-th step and writes float32 partial sums `[SPLIT, M, N]`
+that `sum_splits_kernel` adds in order. (For short, wide products, where BN rows per program leave
+multiprocessors idle.)
+"""
+
+# mypy: ignore-errors
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from quantkit.kernels.affine_unpack import (
+    code_offset,
+    codes_part,
+    dot_pieces,
+    ones_like_codes,
+    split_inputs,
+    unpack,
+)
+
+
+@triton.jit(do_not_specialize=["M"])
+def affine_gemm_kernel(
+    x_ptr,
+    codes_ptr,
+    scale_ptr,
+    zero_ptr,
+    bias_ptr,
+    residual_ptr,
+    norm_ptr,
+    out_ptr,
+    eps,
+    M,
+    N,
+    K,
+    row_bytes,
+    high_offset,
+    groups,
+    x_stride,
+    out_stride,
+    BITS: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    BKB: tl.constexpr,
+    KS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROW_SCALES: tl.constexpr,
+    CENTRED: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    ONE_ROW: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    GATED: tl.constexpr,
+    DOT: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Grid: (ceil(N / BN), SPLIT, ceil(M / BM)). See the module's docstring."""
+    PER: tl.constexpr = 4 if BITS == 3 else 8 // BITS
+    BK: tl.constexpr = BKB * PER
+    STEP: tl.constexpr = KS * BK
+    if GATED:
+        # Half of the tile's rows are gate rows, half the up rows that belong to them.
+        half = tl.program_id(0) * (BN // 2) + tl.arange(0, BN) % (BN // 2)
+        n = tl.where(tl.arange(0, BN) < BN // 2, half, half + N // 2)
+        n = tl.where(half < N // 2, n, N)
+    else:
+        n = tl.program_id(0) * BN + tl.arange(0, BN)
+    m = tl.program_id(2) * BM + tl.arange(0, BM)
+    ks = tl.arange(0, KS)
+    j = tl.arange(0, BKB)
+    rows = n if EVEN_N else tl.minimum(n, N - 1)
+    first = tl.program_id(1) * STEP
+
+    jk = ks[:, None, None] * BKB + j[None, None, :]
+    code_ptrs = codes_ptr + rows[None, :, None].to(tl.int64) * row_bytes + jk
+    if BITS == 3:
+        high_ptrs = codes_ptr + rows[None, :, None].to(tl.int64) * row_bytes + high_offset + jk // 2
+    if ONE_ROW:
+        x_ptrs = x_ptr + ks[:, None] * BK + tl.arange(0, BK)[None, :]
+        x_k = ks[:, None] * BK + tl.arange(0, BK)[None, :]
+    else:
+        x_k = ks[:, None, None] * BK + tl.arange(0, BK)[None, None, :]
+        x_ptrs = x_ptr + m[None, :, None].to(tl.int64) * x_stride + x_k
+        x_mask = m[None, :, None] < M
+    group_ptr = rows[None, :] * groups
+
+    acc = tl.zeros((KS, BN, BM), tl.float32)
+    if HAS_NORM:
+        squares = tl.zeros((KS, 1) if ONE_ROW else (KS, BM), tl.float32)
+    if ROW_SCALES:
+        g = ks * 0 if GROUP == 0 else tl.minimum((first + ks * BK) // GROUP, groups - 1)
+        scale = tl.load(scale_ptr + group_ptr + g[:, None])
+        zero = tl.load(zero_ptr + group_ptr + g[:, None])
+    for k in tl.range(first, K, STEP * SPLIT, num_stages=STAGES):
+        if EVEN_K:
+            c = tl.load(code_ptrs + k // PER)
+        else:
+            c = tl.load(code_ptrs + k // PER, mask=jk < (K - k + PER - 1) // PER, other=0)
+        h = c
+        if BITS == 3:
+            if EVEN_K:
+                h = tl.load(high_ptrs + k // 8)
+            else:
+                h = tl.load(high_ptrs + k // 8, mask=jk < (K - k + PER - 1) // PER, other=0)
+        if ONE_ROW:
+            if EVEN_K:
+                x1 = tl.load(x_ptrs + k)
+            else:
+                x1 = tl.load(x_ptrs + k, mask=x_k < K - k, other=0.0)
+            if HAS_NORM:
+                wide = x1.to(tl.float32)
+                squares += tl.sum(wide * wide, 1)[:, None]
+                x1 = (wide * tl.load(norm_ptr + x_k + k, mask=x_k < K - k, other=0.0)).to(x1.dtype)
+            x = tl.broadcast_to(x1[:, None, :], (KS, BM, BK))
+        else:
+            if EVEN_K:
+                x = tl.load(x_ptrs + k, mask=x_mask, other=0.0)
+            else:
+                x = tl.load(x_ptrs + k, mask=x_mask & (x_k < K - k), other=0.0)
+            if HAS_NORM:
+                wide = x.to(tl.float32)
+                squares += tl.sum(wide * wide, 2)
+                x = (wide * tl.load(norm_ptr + x_k + k, mask=x_k < K - k, other=0.0)).to(x.dtype)
+
+        if ROW_SCALES:
+            # The next step's scales are asked for now: the pipeliner leaves loads this narrow alone.
+            if GROUP == 0:
+                g = ks * 0
+            else:
+                g = tl.minimum((k + STEP * SPLIT + ks * BK) // GROUP, groups - 1)
+            next_scale = tl.load(scale_ptr + group_ptr + g[:, None])
+            next_zero = tl.load(zero_ptr + group_ptr + g[:, None])
+            xs = split_inputs(x, PER)
+            ws = unpack(c, h, j[None, None, :], BITS, DOT, ASM)
+            ones = ones_like_codes(c, DOT, ASM)
+            part = tl.zeros((KS, BN, BM), tl.float32)
+            sums = tl.zeros((KS, BN, BM), tl.float32)
+            for r in tl.static_range(PER):
+                w = ws[r]
+                if CENTRED:
+                    w = (w.to(tl.float32) - (code_offset(BITS, DOT, False) + (1 << (BITS - 1)))).to(DOT)
+                xr = tl.trans(xs[r], (0, 2, 1))
+                part = dot_pieces(w, xr, part, DOT)
+                # sum_k x, in the layout of `part`: the tensor cores idle here, adders do not.
+                sums = dot_pieces(ones, xr, sums, DOT)
+            low = zero.to(tl.float32) + code_offset(BITS, DOT, CENTRED)
+            acc += (part - sums * low[:, :, None]) * scale.to(tl.float32)[:, :, None]
+            scale = next_scale
+            zero = next_zero
+        else:
+            xs = split_inputs(x, PER)
+            for r in tl.static_range(PER):
+                ge = tl.minimum((k + jk * PER + r) // GROUP, groups - 1) if GROUP > 0 else jk * 0
+                s = tl.load(scale_ptr + group_ptr[:, :, None] + ge).to(tl.float32)
+                z = tl.load(zero_ptr + group_ptr[:, :, None] + ge).to(tl.float32)
+                q = codes_part(c, h, j[None, None, :], r, BITS).to(tl.float32)
+                w = ((q - z) * s).to(DOT)
+                xr = tl.trans(xs[r], (0, 2, 1)).to(DOT)
+                acc = tl.dot(w, xr, acc, input_precision="ieee")
+
+    total = tl.sum(acc, 0)
+    if HAS_NORM:
+        total = total * tl.rsqrt(tl.sum(squares, 0) / K + eps)[None, :]
+    if SPLIT > 1:
+        base = out_ptr + tl.program_id(1).to(tl.int64) * M * N
+        mask = (m[None, :] < M) & (n[:, None] < N)
+        tl.store(base + m[None, :] * N + n[:, None], total, mask=mask)
+    else:
+        if HAS_BIAS:
+            total += tl.load(bias_ptr + rows).to(tl.float32)[:, None]
+        columns = n
+        width = N
+        if GATED:
+            gate, up = tl.split(tl.permute(total.reshape(2, BN // 2, BM), (1, 2, 0)))
+            total = gate / (1.0 + tl.exp(-gate)) * up
+            columns = tl.program_id(0) * (BN // 2) + tl.arange(0, BN // 2)
+            width = N // 2
+        mask = (m[None, :] < M) & (columns[:, None] < width)
+        at = m[None, :].to(tl.int64) * out_stride + columns[:, None]
+        if HAS_RESIDUAL:
+            total += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["size"])
+def sum_splits_kernel(
+    parts_ptr, bias_ptr, out_ptr, N, size, SPLIT: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr
+):
+    """out `[M, N]` = sum of parts `[SPLIT, M, N]` in order, plus bias; grid (ceil(M * N / BLOCK),)."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < size
+    total = tl.zeros((BLOCK,), tl.float32)
+    for s in tl.static_range(SPLIT):
+        total += tl.load(parts_ptr + s * size + i, mask=mask, other=0.0)
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + i % N, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + i, total.to(out_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,283 @@
+"""Launches of the affine kernels: from tensors to pointers, strides and compile-time constants.
+
+Nothing here waits for the device or depends on a tensor's values, so CUDA graphs capture every launch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from quantkit.kernels import launch as device
+from quantkit.kernels import tuning
+from quantkit.kernels.affine_backward import affine_backward_kernel
+from quantkit.kernels.affine_dequantize import affine_dequantize_kernel
+from quantkit.kernels.affine_gemm import affine_gemm_kernel, sum_splits_kernel
+from quantkit.kernels.affine_gemm_wide import affine_gemm_wide_kernel, split_inputs_kernel
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+_DOT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+class AffineWeight(NamedTuple):
+    """The packed tensors of one affine weight `[N, K]` (`quantkit.encoding`)."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    perm: Tensor | None
+    bits: int
+    group_size: int
+
+    @property
+    def group(self) -> int:
+        """Group size, or 0 for one group per row."""
+        return 0 if self.scale.shape[1] == 1 else self.group_size
+
+    @property
+    def parts(self) -> int:
+        """Codes that share a byte of the low plane (3 bits: 4, the top bits lie in another plane)."""
+        return 4 if self.bits == 3 else 8 // self.bits
+
+    @property
+    def high_offset(self) -> int:
+        """Byte offset of the 3-bit layout's top-bit plane inside a row; 0 for the others.
+
+        A row of w low bytes has ceil(w / 2) high ones, so w is two thirds of the row, rounded down.
+        """
+        return 2 * self.codes.shape[1] // 3 if self.bits == 3 else 0
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """What surrounds a product of few rows: see `affine_gemm` for each."""
+
+    residual: Tensor | None = None
+    norm_weight: Tensor | None = None
+    norm_eps: float = 0.0
+    gated: bool = False
+
+
+_fitting_stages: dict[tuple[Any, ...], int] = {}
+
+
+def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Launch with as many of `options["STAGES"]` pipeline stages as the chip's shared memory holds."""
+    key = (id(kernel), *(v for v in options.values() if not isinstance(v, Tensor)))
+    stages = _fitting_stages.get(key, options["STAGES"])
+    while True:
+        try:
+            kernel[grid](*arguments, **{**options, "STAGES": stages, "num_stages": stages})
+            return
+        except OutOfResources:
+            if stages == 1:
+                raise
+            stages -= 1
+            _fitting_stages[key] = stages
+
+
+def launch_gemm(
+    x: Tensor,
+    weight: AffineWeight,
+    bias: Tensor | None,
+    config: tuning.GemmConfig,
+    fusion: Fusion | None = None,
+    asm: bool | None = None,
+) -> Tensor:
+    """The fused product of `x [M, K]` with tiles of `config`: `[M, N]` (`[M, N / 2]` when gated)."""
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    (m, k), n, groups = x.shape, weight.codes.shape[0], weight.scale.shape[1]
+    group, parts = weight.group, weight.parts
+    config, row_scales = tuning.fit_inputs(config, k, group, parts)
+    if device.target()[0] == "hip":
+        config = replace(config, columns=max(16, config.columns))  # AMD's matrix units take no 8 columns
+    step = config.inputs * config.slices
+    split = config.split if step * config.split <= k and fusion is None else 1
+    dot = _DOT[x.dtype]
+    if x.dtype == torch.float32 and row_scales and device.has_ptx():
+        dot = tl.bfloat16  # in three pieces, see the kernel
+    fusion = fusion or Fusion()
+    out = x.new_empty((m, n // 2 if fusion.gated else n))
+    target = x.new_empty((split, m, n), dtype=torch.float32) if split > 1 else out
+    grid = (triton.cdiv(n, config.rows), split, triton.cdiv(m, config.columns))
+    if fusion.gated:
+        grid = (triton.cdiv(n // 2, config.rows // 2), *grid[1:])
+    shape = (m, n, k, weight.codes.stride(0), weight.high_offset, groups)
+    options: dict[str, Any] = {
+        "BITS": weight.bits,
+        "BN": config.rows,
+        "BM": config.columns,
+        "BKB": config.inputs // parts,
+        "SPLIT": split,
+        # Scales of every weight would be copied to shared memory as well, for each stage.
+        "STAGES": config.stages if row_scales else 1,
+        "GROUP": group,
+        "ROW_SCALES": row_scales,
+        "CENTRED": x.dtype == torch.float32,
+        "EVEN_K": k % step == 0,
+        "EVEN_N": n % config.rows == 0,
+        "HAS_BIAS": bias is not None,
+        "DOT": dot,
+        "ASM": device.has_ptx() if asm is None else asm,
+        "num_warps": config.warps,
+    }
+    packed = (weight.codes, weight.scale, weight.zero, bias if bias is not None else x)
+    if config.slices > 1:
+        inputs = x if weight.perm is None else x.index_select(1, weight.perm)
+        options |= {
+            "KS": config.slices,
+            "ONE_ROW": m == 1,
+            "HAS_RESIDUAL": fusion.residual is not None,
+            "HAS_NORM": fusion.norm_weight is not None,
+            "GATED": fusion.gated,
+        }
+        around = (
+            fusion.residual if fusion.residual is not None else x,
+            fusion.norm_weight if fusion.norm_weight is not None else x,
+        )
+        strides = (inputs.stride(0), out.shape[1])
+        arguments: tuple[Any, ...] = (inputs, *packed, *around, target, fusion.norm_eps, *shape, *strides)
+        launch(affine_gemm_kernel, grid, arguments, options)
+    else:
+        inputs, sums = launch_split_inputs(x, weight.perm, parts, config.inputs // parts)
+        arguments = (inputs, sums, *packed, target, *shape, inputs.shape[-1], n)
+        launch(affine_gemm_wide_kernel, grid, arguments, options)
+    if split > 1:
+        _sum_splits(target, bias, out)
+    return out
+
+
+def launch_split_inputs(x: Tensor, perm: Tensor | None, parts: int, tile: int) -> tuple[Tensor, Tensor]:
+    """`x [M, K]` as `[parts, M, width]`, and sums float32 `[width / tile, M]` of the tiles of its columns.
+
+    Part r holds x[:, perm][:, r::parts], padded with zeros to a multiple of `tile`.
+    """
+    m, k = x.shape
+    tiles = triton.cdiv(triton.cdiv(k, parts), tile)
+    width = tiles * tile
+    out = x.new_empty((parts, m, width))
+    sums = x.new_empty((tiles, m), dtype=torch.float32)
+    together = max(1, 512 // tile)
+    split_inputs_kernel[(triton.cdiv(tiles, together), m)](
+        x,
+        perm if perm is not None else x,
+        out,
+        sums,
+        m,
+        k,
+        x.stride(0),
+        width,
+        PER=parts,
+        TILES=together,
+        BKB=tile,
+        HAS_PERM=perm is not None,
+        num_warps=4,
+    )
+    return out, sums
+
+
+def _sum_splits(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out `[M, N]` = the float32 `parts [S, M, N]` added in order, plus bias: the same bits on every run."""
+    block = 256
+    sum_splits_kernel[(triton.cdiv(out.numel(), block),)](
+        parts,
+        bias if bias is not None else out,
+        out,
+        out.shape[1],
+        out.numel(),
+        SPLIT=parts.shape[0],
+        BLOCK=block,
+        HAS_BIAS=bias is not None,
+        num_warps=2,
+    )
+
+
+def launch_backward(
+    grad: Tensor, weight: AffineWeight, in_features: int, config: tuning.BackwardConfig
+) -> Tensor:
+    """The fused product of `grad [M, N]` with the packed weight, tiles of `config`: `[M, K]`."""
+    if grad.stride(-1) != 1:
+        grad = grad.contiguous()
+    (m, n), k, groups = grad.shape, in_features, weight.scale.shape[1]
+    group, parts = weight.group, weight.parts
+    columns = max(config.columns, 16 * parts)
+    while columns > 16 * parts and group and group % columns:
+        columns //= 2
+    row_scales = group == 0 or group % columns == 0
+    out = grad.new_empty((m, k))
+    split = min(config.split, triton.cdiv(n, config.outputs))
+    target = grad.new_empty((split, m, k), dtype=torch.float32) if split > 1 else out
+    arguments = (
+        grad,
+        weight.codes,
+        weight.scale,
+        weight.zero,
+        weight.perm if weight.perm is not None else weight.codes,
+        target,
+        m,
+        n,
+        k,
+        weight.codes.stride(0),
+        weight.high_offset,
+        groups,
+        grad.stride(0),
+        k,
+    )
+    options = {
+        "BITS": weight.bits,
+        "BM": config.rows,
+        "BN": config.outputs,
+        "BKB": columns // parts,
+        "SPLIT": split,
+        "STAGES": config.stages if row_scales else 1,
+        "GROUP": group,
+        "ROW_SCALES": row_scales,
+        "HAS_PERM": weight.perm is not None,
+        "DOT": _DOT[grad.dtype],
+        "num_warps": config.warps,
+    }
+    grid = (triton.cdiv(k, columns), split, triton.cdiv(m, config.rows))
+    launch(affine_backward_kernel, grid, arguments, options)
+    if split > 1:
+        _sum_splits(target, None, out)
+    return out
+
+
+def launch_dequantize(
+    weight: AffineWeight, out: Tensor, rows: tuple[int, int], columns: tuple[int, int]
+) -> Tensor:
+    """Dense values of `rows` (start, count) and `columns` (start, a multiple of 128; count) into `out`.
+
+    Columns come in the model's order where the weight has a permutation and all of them are asked for.
+    """
+    group, tile = weight.group, 128
+    affine_dequantize_kernel[(triton.cdiv(columns[1], tile), triton.cdiv(rows[1], 32))](
+        weight.codes,
+        weight.scale,
+        weight.zero,
+        weight.perm if weight.perm is not None else weight.codes,
+        out,
+        rows[1],
+        columns[1],
+        rows[0],
+        columns[0],
+        weight.codes.stride(0),
+        weight.high_offset,
+        weight.scale.shape[1],
+        out.stride(0),
+        BITS=weight.bits,
+        BN=32,
+        BKB=tile // weight.parts,
+        GROUP=group,
+        ROW_SCALES=group == 0 or group % tile == 0,
+        HAS_PERM=weight.perm is not None,
+        num_warps=4,
+    )
+    return out

@@ -1,0 +1,181 @@
+"""Triton backend of the codebook ops (NF4, FP4): chooses a kernel by M and launches it.
+
+    M <= codebook_tuning.FUSED_ROWS     `codebook_gemm_kernel` / `codebook_gemm_wide_kernel`
+    larger, and dx = dy @ W             slices of W dequantized into L2, multiplied by the vendor's BLAS
+
+The functions have the ops' names and arguments (`quantkit.kernels.ops`); `NotImplemented` hands the
+call back to the reference. Nothing waits for the device or keeps state, so CUDA graphs capture it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from quantkit.kernels import codebook_tuning, sliced
+from quantkit.kernels.affine_gemm import sum_splits_kernel
+from quantkit.kernels.codebook_dequantize import codebook_dequantize_kernel
+from quantkit.kernels.codebook_gemm import codebook_gemm_kernel, codebook_gemm_wide_kernel
+from quantkit.kernels.codebook_tuning import Config
+from quantkit.kernels.launch import DOT_TYPES, device_of, large_shared_memory
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def codebook_linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    lut: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    block_size: int,
+) -> Tensor:
+    """`x [..., K]` times the packed weight `[N, K]` plus `bias [N]`: `[..., N]` in the dtype of `x`."""
+    if x.dtype not in _FLOATS or x.numel() == 0 or out_features == 0:
+        return NotImplemented
+    k = x.shape[-1]
+    rows = x.reshape(-1, k)
+    with device_of(x):
+        if rows.shape[0] > codebook_tuning.FUSED_ROWS:
+
+            def fill(out: Tensor, row: int, column: int) -> None:
+                launch_dequantize(codes, scale, lut, k, block_size, out, row, column)
+
+            out = sliced.linear(rows, out_features, bias, fill)
+        else:
+            config = codebook_tuning.config(rows.shape[0], out_features, large_shared_memory())
+            out = launch_gemm(rows, codes, scale, lut, bias, out_features, block_size, config)
+    return out.view(*x.shape[:-1], out_features)
+
+
+def launch_gemm(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    lut: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    block_size: int,
+    config: Config,
+    asm: bool | None = None,
+) -> Tensor:
+    """The fused product of `x [M, K]` with tiles of `config`. `asm=False` keeps to portable Triton."""
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    (m, k), n = x.shape, out_features
+    inputs = max(32, min(config.inputs, block_size))
+    row_scales = k % block_size == 0 and block_size % inputs == 0
+    slices = config.slices if row_scales else 1
+    while slices > 1 and inputs * slices // 2 >= k:
+        slices //= 2
+    # The table is static shared memory (32 KB) beside the tile's own. Triton asks the driver for more than
+    # 48 KB only when the tile's own share exceeds that, so the tile must be as `codebook_tuning` has it.
+    fits = inputs == config.inputs and slices == config.slices and row_scales
+    asm = (large_shared_memory() if asm is None else asm) and fits and x.dtype != torch.float32
+    # Without the table, loads of codes and of table values would be staged through shared memory as well.
+    stages = config.stages if asm else (2 if row_scales else 1)
+    step = inputs * slices
+    split = min(config.split, triton.cdiv(k, step))
+    out = x.new_empty((m, n))
+    target = x.new_empty((split, m, n), dtype=torch.float32) if split > 1 else out
+    arguments = (x, codes, scale, lut, bias if bias is not None else x, target, m, n, k, x.stride(0), n)
+    options: dict[str, Any] = dict(
+        BN=config.rows,
+        BM=config.columns,
+        BK=inputs,
+        SPLIT=split,
+        STAGES=stages,
+        BLOCK=block_size,
+        ROW_SCALES=row_scales,
+        EVEN_K=k % step == 0,
+        EVEN_N=n % config.rows == 0,
+        HAS_BIAS=bias is not None,
+        DOT=DOT_TYPES[x.dtype],
+        ASM=asm,
+        THREADS=32 * config.warps,
+        num_warps=config.warps,
+        num_stages=stages,
+    )
+    grid = (triton.cdiv(n, config.rows), split, triton.cdiv(m, config.columns))
+    if slices > 1:
+        codebook_gemm_kernel[grid](*arguments, **options, KS=slices, ONE_ROW=m == 1)
+    else:
+        codebook_gemm_wide_kernel[grid](*arguments, **options)
+    if split > 1:
+        bias_or_any = bias if bias is not None else x
+        sum_splits_kernel[(triton.cdiv(m * n, 256),)](
+            target, bias_or_any, out, n, m * n, SPLIT=split, BLOCK=256, HAS_BIAS=bias is not None, num_warps=2
+        )
+    return out
+
+
+def codebook_linear_backward(
+    grad: Tensor, codes: Tensor, scale: Tensor, lut: Tensor, in_features: int, block_size: int
+) -> Tensor:
+    """dx `[..., K]` of `grad [..., N]`, in the dtype of `grad`."""
+    if grad.dtype not in _FLOATS or grad.numel() == 0 or in_features == 0:
+        return NotImplemented
+
+    def fill(out: Tensor, row: int, column: int) -> None:
+        launch_dequantize(codes, scale, lut, in_features, block_size, out, row, column)
+
+    with device_of(grad):
+        dx = sliced.backward(grad.reshape(-1, grad.shape[-1]), in_features, fill)
+    return dx.view(*grad.shape[:-1], in_features)
+
+
+def dequantize_codebook(
+    codes: Tensor,
+    scale: Tensor,
+    lut: Tensor,
+    out_features: int,
+    in_features: int,
+    block_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Dense weight `[N, K]` in `dtype`; equal to the reference and to bitsandbytes bit for bit."""
+    if dtype not in _FLOATS:
+        return NotImplemented
+    out = torch.empty((out_features, in_features), dtype=dtype, device=codes.device)
+    if out.numel():
+        with device_of(codes):
+            launch_dequantize(codes, scale, lut, in_features, block_size, out, 0, 0)
+    return out
+
+
+def launch_dequantize(
+    codes: Tensor,
+    scale: Tensor,
+    lut: Tensor,
+    in_features: int,
+    block_size: int,
+    out: Tensor,
+    row: int,
+    column: int,
+) -> None:
+    """Dense values into `out [rows, columns]`, from (`row`, `column`) of W on."""
+    rows, columns = out.shape
+    inputs = 256
+    aligned = in_features % block_size == 0 and column % block_size == 0 and inputs % block_size == 0
+    codebook_dequantize_kernel[(triton.cdiv(columns, inputs), triton.cdiv(rows, 8))](
+        codes,
+        scale,
+        lut,
+        out,
+        rows,
+        columns,
+        row,
+        column,
+        in_features,
+        out.stride(0),
+        BN=8,
+        BK=inputs,
+        BLOCK=block_size,
+        EVEN_K=in_features % 2 == 0 and column % 2 == 0,
+        ROW_SCALES=aligned,
+        num_warps=4,
+    )

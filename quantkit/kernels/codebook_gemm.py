@@ -1,0 +1,205 @@
+"""y = x @ W.T from four-bit codebook weights (NF4, FP4), for M = 1 .. 128 (Triton).
+
+The product is W @ x.T, as in `affine_gemm`: codes turn into table values in registers, which are the
+first operand of the tensor cores; the two nibbles of a byte meet the even and the odd inputs of x in two
+dots. A program owns BN rows of W. Its steps of K are cut into KS slices of BK inputs that run side by side
+as a batched dot (one or more per warp) and are added in a fixed order at the end.
+
+    one step:    codes [KS, BN, BK / 2] u8 --lookup--> table values   2 x [KS, BN, BK / 2]
+                 x     [KS, BM, BK]        --split---> even, odd      2 x [KS, BM, BK / 2]
+                 part  [KS, BN, BM] f32 = both dots
+                 acc  += part * absmax[KS, BN]             BK divides the block and blocks divide K
+
+Where blocks straddle rows (K not a multiple of the block), each value is scaled before the dot; where K is
+odd besides, rows begin inside a byte and codes are fetched one at a time: correct, not fast.
+
+`codebook_gemm_wide_kernel` is the same with one slice, its warps side by side on BN rows of W, for M where
+reading x again for every few rows would cost more than reading W. With SPLIT > 1 program_id(1) takes every
+SPLIT-th step, and `sum_splits_kernel` adds the float32 parts `[SPLIT, M, N]` in order.
+"""
+
+# mypy: ignore-errors
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from quantkit.kernels.codebook_lookup import code_at, fill_table, lookup
+
+
+@triton.jit
+def _scaled(codes_ptr, scale_ptr, lut_ptr, rows, k, K, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
+    """Dense values at rows and inputs `k` (any alignment), scaled in float32 and rounded to DTYPE."""
+    i = rows.to(tl.int64) * K + k
+    inside = k < K
+    q = code_at(codes_ptr, i, inside)
+    absmax = tl.load(scale_ptr + i // BLOCK, mask=inside, other=0.0).to(tl.float32)
+    return (tl.load(lut_ptr + q).to(tl.float32) * absmax).to(DTYPE)
+
+
+@triton.jit(do_not_specialize=["M"])
+def codebook_gemm_kernel(
+    x_ptr,
+    codes_ptr,
+    scale_ptr,
+    lut_ptr,
+    bias_ptr,
+    out_ptr,
+    M,
+    N,
+    K,
+    x_stride,
+    out_stride,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    KS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROW_SCALES: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    ONE_ROW: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    DOT: tl.constexpr,
+    ASM: tl.constexpr,
+    THREADS: tl.constexpr,
+):
+    """Grid: (ceil(N / BN), SPLIT, ceil(M / BM)). See the module's docstring."""
+    HALF: tl.constexpr = BK // 2
+    STEP: tl.constexpr = KS * BK
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    m = tl.program_id(2) * BM + tl.arange(0, BM)
+    ks = tl.arange(0, KS)
+    rows = n if EVEN_N else tl.minimum(n, N - 1)
+    jk = ks[:, None, None] * HALF + tl.arange(0, HALF)[None, None, :]
+    code_ptrs = codes_ptr + rows[None, :, None].to(tl.int64) * (K // 2) + jk
+    scale_ptrs = scale_ptr + rows[None, :].to(tl.int64) * (K // BLOCK)
+    if ONE_ROW:
+        x_k = ks[:, None] * BK + tl.arange(0, BK)[None, :]
+        x_ptrs = x_ptr + x_k
+    else:
+        x_k = ks[:, None, None] * BK + tl.arange(0, BK)[None, None, :]
+        x_ptrs = x_ptr + m[None, :, None].to(tl.int64) * x_stride + x_k
+        x_mask = m[None, :, None] < M
+    fill_table(lut_ptr, THREADS, DOT, ASM)
+
+    acc = tl.zeros((KS, BN, BM), tl.float32)
+    for k in tl.range(tl.program_id(1) * STEP, K, STEP * SPLIT, num_stages=STAGES):
+        if ONE_ROW:
+            x1 = tl.load(x_ptrs + k) if EVEN_K else tl.load(x_ptrs + k, mask=x_k < K - k, other=0.0)
+            # Split first and spread last: only one row goes through shared memory.
+            even, odd = tl.split(x1.to(DOT).reshape(KS, HALF, 2))
+            even = tl.broadcast_to(even[:, :, None], (KS, HALF, BM))
+            odd = tl.broadcast_to(odd[:, :, None], (KS, HALF, BM))
+        else:
+            x = tl.load(x_ptrs + k, mask=x_mask if EVEN_K else x_mask & (x_k < K - k), other=0.0)
+            even, odd = tl.split(x.to(DOT).reshape(KS, BM, HALF, 2))
+            even = tl.trans(even, (0, 2, 1))
+            odd = tl.trans(odd, (0, 2, 1))
+        if ROW_SCALES:
+            if EVEN_K:
+                c = tl.load(code_ptrs + k // 2)
+                absmax = tl.load(scale_ptrs + (k + ks[:, None] * BK) // BLOCK)
+            else:
+                c = tl.load(code_ptrs + k // 2, mask=2 * jk < K - k, other=0)
+                at = tl.minimum((k + ks[:, None] * BK) // BLOCK, K // BLOCK - 1)
+                absmax = tl.load(scale_ptrs + at)
+            first, second = lookup(c, lut_ptr, DOT, ASM)
+            part = tl.zeros((KS, BN, BM), tl.float32)
+            part = tl.dot(first, even, part, input_precision="ieee")
+            part = tl.dot(second, odd, part, input_precision="ieee")
+            acc += part * absmax.to(tl.float32)[:, :, None]
+        else:
+            first = _scaled(codes_ptr, scale_ptr, lut_ptr, rows[None, :, None], k + 2 * jk, K, BLOCK, DOT)
+            second = _scaled(
+                codes_ptr, scale_ptr, lut_ptr, rows[None, :, None], k + 2 * jk + 1, K, BLOCK, DOT
+            )
+            acc = tl.dot(first, even, acc, input_precision="ieee")
+            acc = tl.dot(second, odd, acc, input_precision="ieee")
+
+    _store(tl.sum(acc, 0), n, m, rows, out_ptr, bias_ptr, M, N, out_stride, SPLIT, HAS_BIAS)
+
+
+@triton.jit(do_not_specialize=["M"])
+def codebook_gemm_wide_kernel(
+    x_ptr,
+    codes_ptr,
+    scale_ptr,
+    lut_ptr,
+    bias_ptr,
+    out_ptr,
+    M,
+    N,
+    K,
+    x_stride,
+    out_stride,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROW_SCALES: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    DOT: tl.constexpr,
+    ASM: tl.constexpr,
+    THREADS: tl.constexpr,
+):
+    """Grid: (ceil(N / BN), SPLIT, ceil(M / BM)). See the module's docstring."""
+    HALF: tl.constexpr = BK // 2
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    m = tl.program_id(2) * BM + tl.arange(0, BM)
+    rows = n if EVEN_N else tl.minimum(n, N - 1)
+    j = tl.arange(0, HALF)[None, :]
+    code_ptrs = codes_ptr + rows[:, None].to(tl.int64) * (K // 2) + j
+    scale_ptrs = scale_ptr + rows.to(tl.int64) * (K // BLOCK)
+    x_k = tl.arange(0, BK)[None, :]
+    x_ptrs = x_ptr + m[:, None].to(tl.int64) * x_stride + x_k
+    x_mask = m[:, None] < M
+    fill_table(lut_ptr, THREADS, DOT, ASM)
+
+    acc = tl.zeros((BN, BM), tl.float32)
+    for k in tl.range(tl.program_id(1) * BK, K, BK * SPLIT, num_stages=STAGES):
+        x = tl.load(x_ptrs + k, mask=x_mask if EVEN_K else x_mask & (x_k < K - k), other=0.0)
+        even, odd = tl.split(x.reshape(BM, HALF, 2))
+        even = tl.trans(even).to(DOT)
+        odd = tl.trans(odd).to(DOT)
+        if ROW_SCALES:
+            c = (
+                tl.load(code_ptrs + k // 2)
+                if EVEN_K
+                else tl.load(code_ptrs + k // 2, mask=2 * j < K - k, other=0)
+            )
+            absmax = tl.load(scale_ptrs + k // BLOCK).to(tl.float32)
+            first, second = lookup(c, lut_ptr, DOT, ASM)
+            part = tl.zeros((BN, BM), tl.float32)
+            part = tl.dot(first, even, part, input_precision="ieee")
+            part = tl.dot(second, odd, part, input_precision="ieee")
+            acc += part * absmax[:, None]
+        else:
+            first = _scaled(codes_ptr, scale_ptr, lut_ptr, rows[:, None], k + 2 * j, K, BLOCK, DOT)
+            second = _scaled(codes_ptr, scale_ptr, lut_ptr, rows[:, None], k + 2 * j + 1, K, BLOCK, DOT)
+            acc = tl.dot(first, even, acc, input_precision="ieee")
+            acc = tl.dot(second, odd, acc, input_precision="ieee")
+
+    _store(acc, n, m, rows, out_ptr, bias_ptr, M, N, out_stride, SPLIT, HAS_BIAS)
+
+
+@triton.jit
+def _store(
+    total, n, m, rows, out_ptr, bias_ptr, M, N, out_stride, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr
+):
+    """`total [BN, BM]` float32 to out `[M, N]`, or to this split's part of `[SPLIT, M, N]`."""
+    mask = (m[None, :] < M) & (n[:, None] < N)
+    if SPLIT > 1:
+        base = out_ptr + tl.program_id(1).to(tl.int64) * M * N
+        tl.store(base + m[None, :] * N + n[:, None], total, mask=mask)
+    else:
+        if HAS_BIAS:
+            total += tl.load(bias_ptr + rows).to(tl.float32)[:, None]
+        out_ptrs = out_ptr + m[None, :].to(tl.int64) * out_stride + n[:, None]
+        tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=mask)

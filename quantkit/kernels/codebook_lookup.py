@@ -1,0 +1,107 @@
+"""Four-bit codes to table values in registers (Triton): NF4, FP4 or any table of sixteen numbers.
+
+A tile of bytes `c` holds two codes per byte, the first in the high nibble, so byte j serves the inputs
+2j (high) and 2j + 1 (low). The two parts are never interleaved: each meets its own half of x in a dot.
+
+Portable: one load per code from the table, which sits in the L1 cache.
+
+With PTX, for float16 and bfloat16: a table of all 256 bytes in shared memory, whose entries are pairs of
+halves (value of the high nibble, value of the low nibble). One 32-bit load then decodes two weights. Loads
+of 32 random entries would meet in the same banks; so each lane has a copy of the table in a bank of its own:
+
+    entry of byte b for lane l at word 32 b + l                 32 KB, no conflicts
+    per byte       prmt (byte out of the word), imad (address), lds
+    per two bytes  2 prmt (both high nibbles together, both low nibbles together)
+
+16 instructions for 8 weights. (Looking up bytes of the halves with `prmt` alone takes 21, all on the integer
+pipe.)
+"""
+
+# mypy: ignore-errors
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+def _fill_asm(dtype: str) -> str:
+    """PTX, once per thread and once in a kernel: declare the table and fill it from 16 float32 at $1.
+
+    A warp makes 32 entries at a time, one per lane, and hands each to all lanes for their copies. The
+    declaration stands outside the braces: it holds to the end of the kernel, so that `_lookup_asm` can name
+    the table. (As an operand its address would cost more than it looks: Triton then no longer decodes in the
+    registers that the matrix instruction reads, but sends every weight through shared memory once more.)
+    """
+    lines = [
+        ".reg .pred p; .reg .b32 lane, j, n, b, i, at, v, u; .reg .b64 wide; .reg .f32 x, y;",
+        "mov.u32 lane, %laneid; mov.u32 j, %tid.x; shr.u32 j, j, 5; mov.u32 n, %ntid.x; shr.u32 n, n, 5;",
+        "more: setp.ge.u32 p, j, 8; @p bra done;",
+        "mad.lo.u32 b, j, 32, lane;",
+        "shr.u32 i, b, 4; mad.wide.u32 wide, i, 4, $1; ld.global.f32 x, [wide];",
+        "and.b32 i, b, 15; mad.wide.u32 wide, i, 4, $1; ld.global.f32 y, [wide];",
+        f"cvt.rn.{dtype}x2.f32 v, y, x;",  # the low half is x, the high nibble's value
+        "mov.u32 at, quantkit_pairs; mad.lo.u32 at, lane, 4, at; mad.lo.u32 at, j, 4096, at;",
+    ]
+    for entry in range(32):
+        lines += [f"shfl.sync.idx.b32 u, v, {entry}, 31, -1;", f"st.shared.b32 [at + {128 * entry}], u;"]
+    lines += ["add.u32 j, j, n; bra more;", "done: bar.sync 0; mov.u32 $0, 0;"]
+    return ".shared .align 16 .b32 quantkit_pairs[8192]; { " + " ".join(lines) + " }"
+
+
+def _lookup_asm() -> str:
+    """PTX for the 4 bytes in $4: $0, $1 = high nibbles of bytes (0, 1), (2, 3); $2, $3 = low nibbles."""
+    lines = [
+        ".reg .b32 base, a, u0, u1, u2, u3;",
+        "mov.u32 base, quantkit_pairs; mov.u32 a, %laneid; mad.lo.u32 base, a, 4, base;",
+    ]
+    for i in range(4):
+        lines += [
+            f"prmt.b32 a, $4, 0, 0x444{i};",
+            "mad.lo.u32 a, a, 128, base;",
+            f"ld.shared.b32 u{i}, [a];",
+        ]
+    for half in (0, 1):
+        pair = f"u{2 * half}, u{2 * half + 1}"
+        lines += [f"prmt.b32 ${half}, {pair}, 0x5410;", f"prmt.b32 ${2 + half}, {pair}, 0x7632;"]
+    return "{ " + " ".join(lines) + " }"
+
+
+_FILL_F16 = tl.constexpr(_fill_asm("f16"))
+_FILL_BF16 = tl.constexpr(_fill_asm("bf16"))
+_LOOKUP = tl.constexpr(_lookup_asm())
+_LOOKUP_CONSTRAINTS = tl.constexpr(",".join(["=r"] * 4 + ["r"]))
+#: Shared memory that the table takes besides what Triton's metadata says.
+TABLE_BYTES = 32768
+
+
+@triton.jit
+def fill_table(lut_ptr, THREADS: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """With ASM: fills the table in shared memory. Once in a kernel, before the first `lookup`."""
+    if ASM:
+        lut = lut_ptr.to(tl.int64) + tl.zeros((THREADS,), tl.int64)
+        if tl.float16 == DTYPE:
+            tl.inline_asm_elementwise(_FILL_F16, "=r,l", [lut], tl.int32, is_pure=False, pack=1)
+        else:
+            tl.inline_asm_elementwise(_FILL_BF16, "=r,l", [lut], tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def lookup(c, lut_ptr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """Table values of both nibbles of the bytes `c`: (high nibbles, low nibbles), in DTYPE."""
+    if ASM:
+        if tl.float16 == DTYPE:
+            types: tl.constexpr = (tl.float16, tl.float16)
+        else:
+            types: tl.constexpr = (tl.bfloat16, tl.bfloat16)
+        return tl.inline_asm_elementwise(_LOOKUP, _LOOKUP_CONSTRAINTS, [c], types, is_pure=True, pack=4)
+    else:
+        first = tl.load(lut_ptr + (c >> 4).to(tl.int32)).to(tl.float32).to(DTYPE)
+        second = tl.load(lut_ptr + (c & 15).to(tl.int32)).to(tl.float32).to(DTYPE)
+        return first, second
+
+
+@triton.jit
+def code_at(codes_ptr, i, mask):
+    """Code of the flattened weight's element `i` (int64), for rows that begin inside a byte (odd K)."""
+    byte = tl.load(codes_ptr + i // 2, mask=mask, other=0).to(tl.int32)
+    return tl.where(i % 2 == 0, byte >> 4, byte & 15)

@@ -1,0 +1,187 @@
+"""Quantized linear layers on CPUs: onnxruntime where it is installed, else torch's own operator.
+
+    encoding, activation            onnxruntime (extra `quantkit[cpu]`)                 without it
+    affine, exact                   MatMulNBits, 4 bits, float32 arithmetic             int4 op (4 bits)
+    affine, int8_block              MatMulNBits, 2/4/8 bits, accuracy_level 4           reference
+    affine, int8_token (BitNet)     MatMulNBits on integers: exact, then both scales    reference
+    codebook (NF4, FP4)             MatMulBnb4                                          reference
+
+*Exact* means that activations are not rounded: every product and sum is float32, and the weight is not
+rounded to the dtype of `x` either (the reference does round it). onnxruntime's float32 kernels exist for
+4 bits only, so codes of 1, 2 and 3 bits are widened to 4, and 8 bits run as two 4-bit planes:
+
+    q - zero = 16 * (q >> 4  -  zero >> 4)  +  (q & 15  -  zero & 15)
+
+*int8_block* rounds activations to int8, one scale per block of at most 128 inputs
+(`quantkit.kernels.reference.activation_block`); 1 and 3 bits are widened to 2 and 4.
+
+Zeros that the packed integers cannot hold (floats, as HQQ's; 2**bits) go into a small dense product:
+
+    (q - zero) * scale = (q - c) * scale + (c - zero) * scale,       c the nearest integer
+    y = MatMulNBits(x, q, scale, c) + (sum of x over each group) @ ((c - zero) * scale).T
+
+Groups whose size has no power of two >= 16 as a factor go to the reference, as does float64.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from quantkit.kernels import cpu_sessions, cpu_torch, cpu_weights, reference
+from quantkit.kernels.cpu_sessions import Node, Session
+from quantkit.kernels.cpu_weights import FLOAT32, INT8
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An affine weight's sessions: `y = sum of sessions(x) + block_sums(x) @ correction.T`."""
+
+    sessions: tuple[Session, ...]
+    block: int
+    correction: Tensor | None  # float32 [N, ceil(K/block)]
+    int8: bool  # are activations rounded?
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = self.sessions[0](x)
+        for session in self.sessions[1:]:
+            out += session(x)
+        if self.correction is not None:
+            if self.int8:  # the definition rounds every x, those that only the zeros multiply included
+                x = reference.through_int8_blocks(x, self.block)
+            padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % self.block))
+            out.addmm_(padded.unflatten(-1, (-1, self.block)).sum(-1), self.correction.t())
+        return out
+
+
+def affine_linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bias: Tensor | None,
+    perm: Tensor | None,
+    bits: int,
+    group_size: int,
+    activation: str | None,
+) -> Tensor:
+    """See `quantkit.kernels.reference.affine_linear`; NotImplemented where only that will do."""
+    if x.dtype == torch.float64 or x.numel() == 0 or codes.shape[0] == 0:
+        return NotImplemented
+    if activation not in (None, "int8_block", "int8_token"):
+        return NotImplemented
+    if not cpu_sessions.available():
+        _say_once()
+        if activation is not None or perm is not None:
+            return NotImplemented
+        return cpu_torch.int4_linear(x, codes, scale, zero, bias, bits, group_size)
+    block = ort_block(group_size, x.shape[-1])
+    if block is None:
+        return NotImplemented
+    flat = x.reshape(-1, x.shape[-1])
+    if perm is not None:
+        flat = flat[:, perm]
+    flat = flat.float().contiguous()
+    tensors, geometry = (codes, scale, zero), (flat.shape[1], bits, group_size, block)
+    if activation == "int8_token":
+        if scale.shape[1] != 1 or flat.shape[1] >= 65536:
+            return NotImplemented
+        ones = torch.ones_like(scale, dtype=torch.float32)
+        weight = _prepare("integers", tensors, ones, geometry, FLOAT32)
+        rounded, token_scale = reference.int8_per_token(flat)
+        out = weight(rounded) * (scale.float()[:, 0] / token_scale)
+    else:
+        level = FLOAT32 if activation is None else INT8
+        out = _prepare(f"level {level}", tensors, scale, geometry, level)(flat)
+    if bias is not None:
+        out += bias
+    return out.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def codebook_linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    lut: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    block_size: int,
+) -> Tensor:
+    """See `quantkit.kernels.reference.codebook_linear`; NotImplemented where only that will do."""
+    if x.dtype == torch.float64 or x.numel() == 0 or out_features == 0:
+        return NotImplemented
+    if not cpu_sessions.available():
+        _say_once()
+        return NotImplemented
+    if block_size < 16 or block_size & (block_size - 1):
+        return NotImplemented
+    k = x.shape[-1]
+
+    def build() -> Session | None:
+        known = [kind for kind in (0, 1) if torch.equal(lut.detach().float(), _bnb4_table(kind))]
+        if not known:  # a table of someone's own
+            return None
+        attributes = {"block_size": block_size, "quant_type": known[0]}
+        weights = {"b": codes.detach().contiguous(), "absmax": scale.detach().float().contiguous()}
+        return Node("MatMulBnb4", out_features, k, attributes, weights).session((codes, scale))
+
+    session = cpu_sessions.prepared("bnb4", (codes, scale, lut), build)
+    if session is None:
+        return NotImplemented
+    out = session(x.reshape(-1, k).float().contiguous())
+    if bias is not None:
+        out += bias
+    return out.to(x.dtype).view(*x.shape[:-1], out_features)
+
+
+def ort_block(group_size: int, in_features: int) -> int | None:
+    """MatMulNBits' block for groups of `group_size`; None when no power of two >= 16 divides the group.
+
+    A group as large as the row takes any block.
+    """
+    block = reference.activation_block(group_size, in_features)
+    return block if group_size >= in_features or group_size % block == 0 else None
+
+
+def _prepare(
+    kind: str,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    scale: Tensor,
+    geometry: tuple[int, int, int, int],
+    level: int,
+) -> Prepared:
+    """The weight's sessions from the cache; `geometry` is (K, bits, group_size, block)."""
+
+    @torch.no_grad()
+    def build() -> Prepared:
+        codes, _, zero = (t.detach() for t in tensors)
+        plan = cpu_weights.plan(codes, scale.detach(), zero, *geometry, level)
+        return Prepared(
+            tuple(node.session(tensors) for node in plan.nodes), plan.block, plan.correction, level == INT8
+        )
+
+    prepared: Prepared = cpu_sessions.prepared(f"{kind} {geometry}", tensors, build)
+    return prepared
+
+
+@cache
+def _bnb4_table(quant_type: int) -> Tensor:
+    """onnxruntime's own table, read off by multiplying the sixteen codes with an identity matrix."""
+    codes = torch.arange(0, 16, 2, dtype=torch.uint8) * 17 + 1  # 0x01, 0x23, ..., 0xEF
+    weights = {"b": codes, "absmax": torch.ones(1)}
+    node = Node("MatMulBnb4", 1, 16, {"block_size": 16, "quant_type": quant_type}, weights)
+    return node.session()(torch.eye(16)).flatten()
+
+
+@cache
+def _say_once() -> None:
+    log.warning(
+        "onnxruntime is not installed: quantized layers on the CPU run torch's operators, several times "
+        "slower. Install quantkit[cpu]."
+    )

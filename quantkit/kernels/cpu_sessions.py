@@ -1,0 +1,257 @@
+"""onnxruntime sessions for packed weights: built on a layer's first call, dropped with its tensors.
+
+A session holds one node of the contrib domain `com.microsoft` (onnxruntime's ContribOperators.md):
+
+    MatMulNBits   Y[M, N] = A[M, K] @ ((B - zero) * scale).T     B uint8 [N, K/block, block*bits/8]
+    MatMulBnb4    Y[M, N] = A[M, K] @ (table[B] * absmax).T      B uint8 [ceil(N*K/2)], bitsandbytes' bytes
+
+Weights reach it as external initializers over torch's memory, without a copy. `MatMulNBits` prepacks B into
+the order its instruction set wants: the one further copy of the codes, after which a B that had to be
+converted (widened codes) is freed. `MatMulBnb4` reads the layer's bytes in place. Inputs and outputs are
+bound by address. All sessions share one thread pool (the process's global one, of
+`torch.get_num_threads()` threads at the first call): 300 layers do not start 600 threads.
+
+A session belongs to the *storage* of a layer's codes, not to the module: modules stay plain (deepcopy,
+pickle, `.to(device)`, safetensors), and the session goes when the storage goes. A write through torch
+(`copy_`, `load_state_dict`) is seen by the tensors' version counters and rebuilds the session; a write
+that hides from them (`tensor.data`, numpy) is not: call `forget()` after one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+log = logging.getLogger(__name__)
+
+#: ONNX versions that every onnxruntime >= 1.22 reads.
+IR_VERSION, OPSET = 10, 21
+
+
+@cache
+def available() -> bool:
+    """Are onnxruntime and onnx installed (extra `quantkit[cpu]`)?"""
+    return find_spec("onnxruntime") is not None and find_spec("onnx") is not None
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operator with its weights: `y = op(x, *initializers)`, float32 in and out."""
+
+    op: str
+    out_features: int
+    in_features: int
+    attributes: dict[str, int]
+    initializers: dict[str, Tensor]  # in the operator's argument order; contiguous, on the CPU
+
+    def session(self, owned: Sequence[Tensor] = ()) -> Session:
+        """Build it; `owned` are the layer's tensors, whose memory outlives the session."""
+        return Session(self, {t.untyped_storage()._cdata for t in owned})
+
+
+class Session:
+    """A `Node` ready to run. Calls may come from several threads at once."""
+
+    def __init__(self, node: Node, owned: set[int]) -> None:
+        runtime = _runtime()
+        options = runtime.SessionOptions()
+        options.use_per_session_threads = not _shared_threads()
+        if options.use_per_session_threads:
+            options.intra_op_num_threads = torch.get_num_threads()
+        # An arena would keep each session's largest scratch (a dense weight, for MatMulBnb4) for ever.
+        options.enable_cpu_mem_arena = False
+        options.enable_mem_pattern = False
+        options.log_severity_level = 3  # errors only: its warnings are about graphs, and this is one node
+        weights = {name: t.detach() for name, t in node.initializers.items()}
+        values = {name: _borrow(t) for name, t in weights.items()}
+        # The first call gives the graph its values; the second makes the session read them in place.
+        options.add_external_initializers(list(values), list(values.values()))
+        for name, value in values.items():
+            options.add_initializer(name, value)
+        self._session = runtime.InferenceSession(
+            _model_bytes(node), options, providers=["CPUExecutionProvider"]
+        )
+        converted = {n: t for n, t in weights.items() if t.untyped_storage()._cdata not in owned}
+        if "b" in converted and node.op == "MatMulNBits" and prepacks(**node.attributes):
+            del converted["b"]
+        self.kept = converted  # what nobody else keeps alive and onnxruntime still reads
+        self.out_features = node.out_features
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`x [M, K]` float32, contiguous -> new float32 `[M, N]`."""
+        out = torch.empty((x.shape[0], self.out_features), dtype=torch.float32)
+        binding = self._session.io_binding()
+        kind = _float32()
+        binding.bind_input("x", "cpu", 0, kind, tuple(x.shape), x.data_ptr())
+        binding.bind_output("y", "cpu", 0, kind, tuple(out.shape), out.data_ptr())
+        self._session.run_with_iobinding(binding)
+        return out
+
+
+@cache
+def _runtime() -> Any:
+    import onnxruntime
+
+    return onnxruntime
+
+
+@cache
+def _float32() -> Any:
+    import numpy
+
+    return numpy.float32
+
+
+@cache
+def _shared_threads() -> bool:
+    """Start the global thread pool; False where someone else has already fixed it otherwise."""
+    try:
+        _runtime().set_global_thread_pool_sizes(torch.get_num_threads(), 1)
+    except Exception as error:
+        log.warning("onnxruntime's shared thread pool is not available (%s): one pool per layer", error)
+        return False
+    return True
+
+
+def _borrow(tensor: Tensor) -> Any:
+    """An OrtValue over a tensor's memory that does not keep the tensor alive.
+
+    A reference would keep the storage, and with it the session, for ever. The entry of `prepared` goes
+    with the storage instead, and a call holds the tensors as its arguments.
+    """
+    import numpy
+
+    kind, code = (
+        (ctypes.c_uint8, numpy.uint8) if tensor.dtype == torch.uint8 else (ctypes.c_float, _float32())
+    )
+    pointer = ctypes.cast(tensor.data_ptr(), ctypes.POINTER(kind))
+    array = numpy.ctypeslib.as_array(pointer, shape=tuple(tensor.shape))
+    assert array.dtype == code and tensor.is_contiguous()
+    return _runtime().OrtValue.ortvalue_from_numpy(array)
+
+
+@cache
+def prepacks(**attributes: int) -> bool:
+    """Does MatMulNBits with these attributes stop reading B once its session is built?
+
+    Seen by trying: B is overwritten after the first calls, for one row and for many. It depends on
+    onnxruntime's version and the processor, and a wrong guess would read freed memory.
+    """
+    k, n = 2 * attributes["block_size"], 64
+    b = torch.randint(0, 256, (n, 2, attributes["block_size"] * attributes["bits"] // 8), dtype=torch.uint8)
+    node = Node("MatMulNBits", n, k, attributes, {"b": b, "scales": torch.ones(n, 2)})
+    session = Session(node, {b.untyped_storage()._cdata})
+    inputs = [torch.rand(rows, k) for rows in (1, 64)]
+    before = [session(x) for x in inputs]
+    b ^= 255
+    return all(torch.equal(session(x), y) for x, y in zip(inputs, before))
+
+
+def _model_bytes(node: Node) -> bytes:
+    """The ONNX model of one node, without its weights."""
+    from onnx import TensorProto, helper
+
+    def weight(name: str, tensor: Tensor) -> Any:
+        proto = TensorProto()
+        proto.name = name
+        proto.data_type = TensorProto.UINT8 if tensor.dtype == torch.uint8 else TensorProto.FLOAT
+        proto.dims.extend(tensor.shape)
+        proto.data_location = TensorProto.EXTERNAL
+        entry = proto.external_data.add()
+        entry.key, entry.value = "location", "memory"  # never opened: the value is given by name
+        return proto
+
+    graph = helper.make_graph(
+        [
+            helper.make_node(
+                node.op,
+                ["x", *node.initializers],
+                ["y"],
+                domain="com.microsoft",
+                N=node.out_features,
+                K=node.in_features,
+                **node.attributes,
+            )
+        ],
+        "layer",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["M", node.in_features])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["M", node.out_features])],
+        initializer=[weight(name, tensor) for name, tensor in node.initializers.items()],
+    )
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
+    return bytes(model.SerializeToString())
+
+
+# --- one prepared value per (kind, storage of the codes) -----------------------------------------------
+
+_Fingerprint = tuple[tuple[int, int, int], ...]
+
+
+@dataclass
+class _Entry:
+    fingerprint: _Fingerprint
+    value: Any
+    pins: list[StorageWeakRef] = field(default_factory=list)  # keeps freed addresses from being reused
+
+
+_entries: dict[tuple[str, int, int], _Entry] = {}
+_watched: set[int] = set()
+_lock = threading.RLock()
+
+
+def prepared(kind: str, tensors: tuple[Tensor, ...], build: Callable[[], Any]) -> Any:
+    """`build()`, kept while the storage of `tensors[0]` lives and none of `tensors` has changed."""
+    key, fingerprint = _key(kind, tensors[0]), tuple(map(_identity, tensors))
+    entry = _entries.get(key)
+    if entry is not None and entry.fingerprint == fingerprint:
+        return entry.value
+    with _lock:
+        entry = _entries.get(key)
+        if entry is None or entry.fingerprint != fingerprint:
+            pins = [StorageWeakRef(t.untyped_storage()) for t in tensors]
+            entry = _Entry(fingerprint, build(), pins)
+            _entries[key] = entry
+            storage = tensors[0].untyped_storage()
+            if storage._cdata not in _watched:
+                _watched.add(storage._cdata)
+                weakref.finalize(storage, _evict, storage._cdata)
+        return entry.value
+
+
+def forget() -> None:
+    """Drop every session; layers build theirs anew at their next call."""
+    with _lock:
+        _entries.clear()
+
+
+def count() -> int:
+    """How many layers hold something prepared now."""
+    return len(_entries)
+
+
+def _key(kind: str, codes: Tensor) -> tuple[str, int, int]:
+    return kind, codes.untyped_storage()._cdata, int(codes.storage_offset())
+
+
+def _identity(tensor: Tensor) -> tuple[int, int, int]:
+    version = -1 if tensor.is_inference() else tensor._version
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset()), version
+
+
+def _evict(storage: int) -> None:
+    with _lock:
+        _watched.discard(storage)
+        for key in [k for k in _entries if k[1] == storage]:
+            del _entries[key]

@@ -1,0 +1,308 @@
+"""Triton backend of the float8 ops: chooses a kernel by M and by how activations are rounded.
+
+    weights only                 M <= FUSED_ROWS: `float8_gemm`; larger: slices of W dequantized, BLAS
+    rounded activations          q(x) and its scales first (`float8_activation`), then
+        M < NATIVE_ROWS          `float8_gemm` on the exact values of q: bound by the weight's bytes anyway
+        larger, sm_89+, gfx942   `float8_native`: both operands on the fp8 matrix unit
+        larger, other chips      q(x) times its scale, then as weights only
+
+dx = dy @ W dequantizes slices of W and calls BLAS. The functions have the ops' names and arguments
+(`quantkit.kernels.ops`); `NotImplemented` hands the call back to the reference.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from quantkit.kernels import float8_tuning, sliced
+from quantkit.kernels.affine_gemm import sum_splits_kernel
+from quantkit.kernels.float8_activation import round_rows_kernel
+from quantkit.kernels.float8_dequantize import float8_dequantize_kernel
+from quantkit.kernels.float8_gemm import float8_gemm_kernel, float8_gemm_wide_kernel
+from quantkit.kernels.float8_native import float8_native_kernel
+from quantkit.kernels.float8_tuning import Config
+from quantkit.kernels.launch import DOT_TYPES, device_of, has_float8, has_ptx, large_shared_memory
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+_GROUPS = {"fp8_token": 0, "fp8_static": 0, "fp8_group128": 128}
+#: Longest row that one program rounds at once.
+_LONGEST_ROW = 65536
+
+
+def float8_linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    block_n: int,
+    block_k: int,
+    activation: str | None,
+    input_scale: Tensor | None,
+) -> Tensor:
+    """`x [..., K]` times the packed weight `[N, K]` plus `bias [N]`: `[..., N]` in the dtype of `x`."""
+    n, k = codes.shape
+    if x.dtype not in _FLOATS or x.numel() == 0 or n == 0:
+        return NotImplemented
+    if activation is not None and (activation not in _GROUPS or k > _LONGEST_ROW):
+        return NotImplemented
+    rows = x.reshape(-1, k)
+    m = rows.shape[0]
+    with device_of(x):
+        if activation is None:
+            out = _weight_only(rows, codes, scale, bias, block_n, block_k)
+        else:
+            native = m >= float8_tuning.NATIVE_ROWS and has_float8() and _tiles(k, block_k) % 128 == 0
+            kept = torch.float8_e4m3fn if native else x.dtype
+            q, x_scale = round_activation(rows, activation, input_scale, kept)
+            if native:
+                out = launch_native(
+                    q, x_scale, codes, scale, bias, block_n, block_k, _GROUPS[activation], x.dtype
+                )
+            elif m <= float8_tuning.FUSED_ROWS:
+                config = float8_tuning.config(m, n, large_shared_memory())
+                out = launch_gemm(
+                    q,
+                    codes,
+                    scale,
+                    bias,
+                    block_n,
+                    block_k,
+                    config,
+                    x_scale=x_scale,
+                    group=_GROUPS[activation],
+                )
+            else:
+                out = _weight_only(_unround(q, x_scale), codes, scale, bias, block_n, block_k)
+    return out.view(*x.shape[:-1], n)
+
+
+def _tiles(k: int, block_k: int) -> int:
+    """Inputs that a step must not exceed: the tile, or no limit (128 divides it)."""
+    return 128 if block_k >= k else block_k
+
+
+def _weight_only(
+    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, block_n: int, block_k: int
+) -> Tensor:
+    (m, k), n = x.shape, codes.shape[0]
+    if m <= float8_tuning.FUSED_ROWS:
+        return launch_gemm(
+            x, codes, scale, bias, block_n, block_k, float8_tuning.config(m, n, large_shared_memory())
+        )
+
+    def fill(out: Tensor, row: int, column: int) -> None:
+        launch_dequantize(codes, scale, block_n, block_k, out, row, column)
+
+    return sliced.linear(x, n, bias, fill)
+
+
+def _unround(q: Tensor, x_scale: Tensor) -> Tensor:
+    """Values of rounded activations in the dtype of `q [M, K]`."""
+    m, k = q.shape
+    if x_scale.numel() == 1 or x_scale.shape[1] == 1:
+        return (q.float() * x_scale).to(q.dtype)
+    wide = x_scale.repeat_interleave(128, 1)[:, :k]
+    return (q.float() * wide).to(q.dtype)
+
+
+def round_activation(
+    x: Tensor, activation: str, input_scale: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(q `[M, K]` in `dtype`: e4m3 or the exact values, scales float32 `[M or 1, groups]`) of `x [M, K]`."""
+    (m, k), group = x.shape, _GROUPS[activation]
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    static = activation == "fp8_static"
+    if static:
+        assert input_scale is not None
+        x_scale = input_scale.reshape(1, 1).float()
+    else:
+        x_scale = x.new_empty((m, triton.cdiv(k, group) if group else 1), dtype=torch.float32)
+    q = x.new_empty((m, k), dtype=dtype)
+    block = 1024 if group else triton.next_power_of_2(k)
+    grid = (m, triton.cdiv(k, block))
+    warps = 4 if group else min(16, max(1, block // 256))
+    round_rows_kernel[grid](
+        x,
+        q,
+        x_scale,
+        k,
+        x.stride(0),
+        x_scale.stride(0),
+        BLOCK=block,
+        GROUP=group,
+        STATIC=static,
+        num_warps=warps,
+    )
+    return q, x_scale
+
+
+def launch_gemm(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    block_n: int,
+    block_k: int,
+    config: Config,
+    *,
+    x_scale: Tensor | None = None,
+    group: int = 0,
+    asm: bool | None = None,
+) -> Tensor:
+    """The fused product of `x [M, K]`; with `x_scale` (per row, or per `group` inputs) x holds e4m3 values."""
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    (m, k), n = x.shape, codes.shape[0]
+    whole = block_k >= k
+    inputs = config.inputs
+    while inputs > 32 and ((not whole and block_k % inputs) or (group and group % inputs)):
+        inputs //= 2
+    if not whole and block_k % inputs:
+        return NotImplemented  # tiles narrower than 32, or odd ones
+    slices = config.slices
+    while slices > 1 and inputs * slices // 2 >= k:
+        slices //= 2
+    step = inputs * slices
+    split = min(config.split, triton.cdiv(k, step))
+    out = x.new_empty((m, n))
+    target = x.new_empty((split, m, n), dtype=torch.float32) if split > 1 else out
+    x_stride = 0 if x_scale is None or x_scale.shape[0] == 1 else x_scale.stride(0)
+    arguments = (
+        x,
+        codes,
+        scale,
+        x_scale if x_scale is not None else scale,
+        bias if bias is not None else x,
+        target,
+        m,
+        n,
+        k,
+        block_n,
+        scale.stride(0),
+        x_stride,
+        x.stride(0),
+        n,
+    )
+    options: dict[str, Any] = dict(
+        BN=config.rows,
+        BM=config.columns,
+        BK=inputs,
+        SPLIT=split,
+        STAGES=config.stages,
+        BLOCK_K=0 if whole else block_k,
+        X_GROUP=-1 if x_scale is None else group,
+        EVEN_K=k % step == 0,
+        EVEN_N=n % config.rows == 0,
+        HAS_BIAS=bias is not None,
+        DOT=DOT_TYPES[x.dtype],
+        ASM=has_ptx() if asm is None else asm,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    grid = (triton.cdiv(n, config.rows), split, triton.cdiv(m, config.columns))
+    if slices > 1:
+        float8_gemm_kernel[grid](*arguments, **options, KS=slices, ONE_ROW=m == 1)
+    else:
+        float8_gemm_wide_kernel[grid](*arguments, **options)
+    if split > 1:
+        bias_or_any = bias if bias is not None else x
+        sum_splits_kernel[(triton.cdiv(m * n, 256),)](
+            target, bias_or_any, out, n, m * n, SPLIT=split, BLOCK=256, HAS_BIAS=bias is not None, num_warps=2
+        )
+    return out
+
+
+def launch_native(
+    q: Tensor,
+    x_scale: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    block_n: int,
+    block_k: int,
+    group: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`q [M, K]` e4m3 times W on the fp8 matrix unit, in `dtype`; tiles of W span multiples of 128 inputs."""
+    (m, k), n = q.shape, codes.shape[0]
+    out = torch.empty((m, n), dtype=dtype, device=q.device)
+    rows = 128 if m > 64 else 64
+    float8_native_kernel[(triton.cdiv(m, rows) * triton.cdiv(n, 128),)](
+        q,
+        codes.view(torch.float8_e4m3fn),
+        x_scale,
+        scale,
+        bias if bias is not None else out,
+        out,
+        m,
+        n,
+        k,
+        block_n,
+        scale.stride(0),
+        0 if x_scale.shape[0] == 1 else x_scale.stride(0),
+        n,
+        BM=rows,
+        BN=128,
+        BK=128,
+        BLOCK_K=0 if block_k >= k else block_k,
+        X_GROUP=group,
+        EVEN_K=k % 128 == 0,
+        HAS_BIAS=bias is not None,
+        num_warps=8 if rows == 128 else 4,
+        num_stages=4,
+    )
+    return out
+
+
+def float8_linear_backward(grad: Tensor, codes: Tensor, scale: Tensor, block_n: int, block_k: int) -> Tensor:
+    """dx `[..., K]` of `grad [..., N]`, in the dtype of `grad`."""
+    n, k = codes.shape
+    if grad.dtype not in _FLOATS or grad.numel() == 0 or k == 0:
+        return NotImplemented
+
+    def fill(out: Tensor, row: int, column: int) -> None:
+        launch_dequantize(codes, scale, block_n, block_k, out, row, column)
+
+    with device_of(grad):
+        dx = sliced.backward(grad.reshape(-1, n), k, fill)
+    return dx.view(*grad.shape[:-1], k)
+
+
+def dequantize_float8(codes: Tensor, scale: Tensor, block_n: int, block_k: int, dtype: torch.dtype) -> Tensor:
+    """Dense weight `[N, K]` in `dtype`; equal to the reference bit for bit."""
+    if dtype not in _FLOATS:
+        return NotImplemented
+    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    if out.numel():
+        with device_of(codes):
+            launch_dequantize(codes, scale, block_n, block_k, out, 0, 0)
+    return out
+
+
+def launch_dequantize(
+    codes: Tensor, scale: Tensor, block_n: int, block_k: int, out: Tensor, row: int, column: int
+) -> None:
+    """Dense values into `out [rows, columns]`, from (`row`, `column`) of W on."""
+    rows, columns = out.shape
+    float8_dequantize_kernel[(triton.cdiv(columns, 256), triton.cdiv(rows, 16))](
+        codes,
+        scale,
+        out,
+        rows,
+        columns,
+        row,
+        column,
+        codes.shape[1],
+        block_n,
+        scale.stride(0),
+        out.stride(0),
+        BN=16,
+        BK=256,
+        BLOCK_K=0 if block_k >= codes.shape[1] else block_k,
+        num_warps=4,
+    )

@@ -1,0 +1,93 @@
+"""Thresholds and tile shapes of the Triton kernels: data, measured and shipped; nothing is tuned at run time.
+
+`docs/benchmarks/kernels-h200.md` says how each number was found. Other devices start from the same
+tables: what was measured where is in `MEASURED_ON`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+MEASURED_ON = "NVIDIA H200 (sm_90, 132 multiprocessors), torch 2.11, triton 3.6"
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """Tile of a fused product: rows BN, columns BM of x.T, inputs BK per slice, KS slices.
+
+    `affine_gemm_kernel` runs more than one slice, `warps` of them at a time; `affine_gemm_wide_kernel`
+    runs one. `split` programs share a row's K.
+    """
+
+    rows: int  # BN
+    columns: int  # BM
+    inputs: int  # BK, at most the group size
+    slices: int  # KS
+    split: int = 1
+    stages: int = 3
+    warps: int = 4
+
+
+@dataclass(frozen=True)
+class BackwardConfig:
+    """Tile of `affine_backward_kernel`: BM rows of dx, BK columns, BN outputs per step, split over N."""
+
+    rows: int
+    columns: int
+    outputs: int
+    split: int = 1
+    stages: int = 3
+    warps: int = 4
+
+
+#: Largest M for which the fused kernel beats dequantizing and calling the vendor's BLAS.
+FUSED_ROWS = 128
+#: The same for dx = dy @ W.
+FUSED_BACKWARD_ROWS = 64
+#: Largest M for which norm, gate and residual join the product in one launch.
+ONE_LAUNCH_ROWS = 16
+#: Most bytes of dense weight that one slice of dequantize-then-BLAS takes.
+SLICE_BYTES = 128 << 20
+#: From BACKWARD_SLICED_ROWS on, dx is computed in at least this many slices: a third of the extra memory at
+#: about the same speed. With fewer rows the slices' own launches would cost more than the product.
+BACKWARD_SLICES = 3
+BACKWARD_SLICED_ROWS = 2048
+
+
+def gemm_config(m: int, n: int, k: int, bits: int) -> GemmConfig:
+    """Tile for `x [m, k]` times `W [n, k]`, m up to FUSED_ROWS."""
+    if m <= 8:
+        if m == 1 and n <= 6144:
+            return GemmConfig(16, 8, 128, 8)
+        return GemmConfig(32, 8, 128, 8 if n <= 12288 else 4)
+    if m <= 16:
+        if n <= 6144:
+            return GemmConfig(32, 16, 128, 4, split=2 if k >= 2 * n else 1)
+        return GemmConfig(64, 16, 128, 4)
+    if m <= 32:
+        return GemmConfig(64 if n <= 6144 else 128, 32, 128, 1, split=2 if 8192 < n <= 16384 else 4)
+    if m <= 64:
+        return GemmConfig(128, 64, 128, 1, split=4 if n <= 8192 else 1)
+    return GemmConfig(64, 128, 128, 1, split=4 if n <= 6144 else 2 if n <= 8192 else 1)
+
+
+def backward_config(m: int, n: int, k: int, bits: int) -> BackwardConfig:
+    """Tile for `dy [m, n]` times `W [n, k]`, m up to FUSED_BACKWARD_ROWS."""
+    if m <= 16:
+        return BackwardConfig(16, 128, 32, split=16 if k <= 4096 else 8)
+    return BackwardConfig(64, 128, 64, split=8 if k <= 4096 else 4)
+
+
+def fit_inputs(config: GemmConfig, k: int, group: int, parts: int) -> tuple[GemmConfig, bool]:
+    """The config with `inputs` cut to the group, and whether one scale serves a row of the tile.
+
+    `group` is 0 for one group per row. A dot needs 16 bytes of codes, so 16 * parts inputs.
+    """
+    least = 16 * parts
+    inputs = max(config.inputs, least)
+    while inputs > least and ((group and group % inputs) or inputs // 2 >= k):
+        inputs //= 2
+    slices = config.slices
+    while slices > 2 and inputs * slices // 2 >= k:
+        slices //= 2
+    return replace(config, inputs=inputs, slices=slices), group == 0 or group % inputs == 0

@@ -1,0 +1,159 @@
+"""ONNX export: what onnxruntime computes is what the quantkit model computes, and the files stay packed.
+
+The export proves itself (prefill and decode, left padding); these tests add what the proof does not: other
+batch and sequence sizes, sizes of files, operators, bad input.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import quantkit
+from quantkit.errors import DestinationError, NumericsError, UsageError
+from quantkit.export.api import export
+from quantkit.export.onnx_graph import CacheShape
+from quantkit.export.onnx_run import OnnxRunner
+from quantkit.kernels.dispatch import use_reference
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+FORMATS: dict[str, dict[str, Any]] = {
+    "gptq": {"bits": 4, "group_size": 32, "desc_act": True},
+    "awq": {"group_size": 32},
+    "hqq": {"bits": 4, "group_size": 32},
+    "nf4": {"block_size": 64},
+    "fp8": {},
+    "ternary": {},
+}
+FAMILIES = ["llama", "qwen2", "gemma2", "phi3", "mixtral"]
+
+
+def converted(tiny: Callable[..., Path], tmp_path: Path, family: str, format: str, **options: Any) -> Path:
+    out = tmp_path / f"{family}-{format}"
+    calibrated = {"samples": 2, "seqlen": 32} if format in ("gptq", "awq") else {}
+    quantkit.convert(tiny(family), out, format=format, options=options or FORMATS[format], **calibrated)
+    return out
+
+
+def compare_fresh(checkpoint: Path, artifact: Path, batch: int, prompt: int, *, level: int = 1) -> float:
+    """Largest relative error on fresh random tokens: a prompt, a chunk of one, a decode step each."""
+    activations = "int8" if level == 4 else "exact"
+    model = quantkit.load(checkpoint, dtype="float32", cpu_activations=activations)
+    runner = OnnxRunner(artifact, CacheShape.of(model), use_cache=True, level=level)
+    ids = torch.randint(3, 256, (batch, prompt + 2))
+    worst, cache, done = 0.0, None, 0
+    for count in (prompt, 1, 1):
+        part = ids[:, done : done + count]
+        done += count
+        with torch.no_grad(), use_reference():
+            out = model(input_ids=part, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        positions = torch.arange(done - count, done)[None].repeat(batch, 1)
+        got, _ = runner(part, torch.ones(batch, done, dtype=torch.int64), positions)
+        worst = max(worst, float((got - out.logits).norm() / out.logits.norm()))
+    return worst
+
+
+# float32 sums in another order: 1e-5 is ten times what was seen. Ternary rounds activations to int8, where
+# the last bit of a sum decides a tie.
+@pytest.mark.parametrize(("family", "format", "limit"), [("llama", "gptq", 1e-5), ("qwen2", "nf4", 1e-5)])
+def test_fresh_inputs(
+    tiny: Callable[..., Path], tmp_path: Path, family: str, format: str, limit: float
+) -> None:
+    checkpoint = converted(tiny, tmp_path, family, format)
+    result = export(checkpoint, tmp_path / "onnx")
+    assert result.proof.steps == 10 and result.proof.max_error <= result.proof.atol
+    operator = {"gptq": "MatMulNBits", "nf4": "MatMulBnb4"}[format]
+    assert result.nodes[f"com.microsoft::{operator}"] == 14
+    assert result.nodes["com.microsoft::GroupQueryAttention"] == 2
+    for batch, prompt in ((1, 1), (1, 17), (3, 5)):
+        assert compare_fresh(checkpoint, tmp_path / "onnx", batch, prompt) < limit
+    config = json.loads((tmp_path / "onnx/genai_config.json").read_text())
+    assert config["model"]["type"] == family and (tmp_path / "onnx/tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_other_bits_stay_packed(tiny: Callable[..., Path], tmp_path: Path, bits: int) -> None:
+    """Codes are widened when the file is opened, not in the file."""
+    checkpoint = converted(tiny, tmp_path, "llama", "hqq", bits=bits, group_size=32)
+    export(checkpoint, tmp_path / "onnx")
+    assert compare_fresh(checkpoint, tmp_path / "onnx", 2, 6) < 1e-5
+    tables = 65536 * 2 if bits == 8 else 8192
+    weights = sum(f.stat().st_size for f in checkpoint.glob("*.safetensors"))
+    assert (tmp_path / "onnx/model.onnx.data").stat().st_size <= weights + tables
+
+
+def test_int8_activations(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint = converted(tiny, tmp_path, "llama", "gptq", bits=4, group_size=32)
+    result = export(checkpoint, tmp_path / "onnx", accuracy_level=4)
+    exact = compare_fresh(checkpoint, tmp_path / "onnx", 2, 6, level=1)
+    rounded = compare_fresh(checkpoint, tmp_path / "onnx", 2, 6, level=4)
+    assert result.proof.relative_error < 2e-2 and rounded < 2e-2
+    assert exact > 1e-4  # int8 arithmetic did run
+
+
+def test_standard_operators_only(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint = converted(tiny, tmp_path, "llama", "gptq", bits=4, group_size=32)
+    result = export(checkpoint, tmp_path / "onnx", standard=True, opset=21, kv_cache=True)
+    assert not [kind for kind in result.nodes if "::" in kind]
+    assert result.nodes["DequantizeLinear"] == 14
+    assert compare_fresh(checkpoint, tmp_path / "onnx", 2, 6) < 1e-5
+
+
+def test_the_first_layer_that_differs_is_named(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An artifact with a wrong weight is not published."""
+    from quantkit.export import onnx_graph
+
+    def spoil(decoder: Any, *args: Any) -> Any:
+        decoder.model.model.layers[1].self_attn.k_proj.scale.data.mul_(1.5)
+        return original(decoder, *args)
+
+    original = onnx_graph.to_onnx
+    monkeypatch.setattr(onnx_graph, "to_onnx", spoil)
+    checkpoint = converted(tiny, tmp_path, "llama", "hqq")
+    with pytest.raises(NumericsError, match="first seen in the keys of layer 1"):
+        export(checkpoint, tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists() and not list(tmp_path.glob(".*quantkit*"))
+
+
+def test_bad_requests(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint = tiny("llama")
+    with pytest.raises(UsageError, match="opset 17 is too old"):
+        export(checkpoint, tmp_path / "out", opset=17)
+    with pytest.raises(UsageError, match="Did you mean 'onnx'"):
+        export(checkpoint, tmp_path / "out", to="onxx")
+    with pytest.raises(UsageError, match="accuracy level 3"):
+        export(checkpoint, tmp_path / "out", accuracy_level=3)
+    with pytest.raises(UsageError, match="GPT2LMHeadModel"):
+        export(tiny("gpt2"), tmp_path / "out")
+    with pytest.raises(UsageError, match="BertForMaskedLM"):
+        export(tiny("bert"), tmp_path / "out")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/file").write_text("mine")
+    with pytest.raises(DestinationError, match="exists"):
+        export(checkpoint, tmp_path / "there")
+    with pytest.raises(DestinationError, match="not an export"):
+        export(checkpoint, tmp_path / "there", overwrite=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["there"]
+    assert (tmp_path / "there/file").read_text() == "mine"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", list(FORMATS))
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("target", ["onnx", "torch"])
+def test_matrix(tiny: Callable[..., Path], tmp_path: Path, family: str, format: str, target: str) -> None:
+    """Every family in every format: the export's own proof passes."""
+    checkpoint = converted(tiny, tmp_path, family, format)
+    result = export(checkpoint, tmp_path / target, to=target)
+    rounds = format in ("ternary", "fp8")
+    assert result.proof.relative_error < (2e-2 if rounds else 1e-5)

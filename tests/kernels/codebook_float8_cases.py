@@ -1,0 +1,145 @@
+"""What the codebook and float8 Triton kernels are checked on, in the interpreter or on a device.
+
+Run as a program (`TRITON_INTERPRET=1 python codebook_float8_cases.py codebook`) it checks every case and
+prints one JSON object, case -> error relative to its bound; a case fails above 1. The interpreter dies at an
+out-of-bounds load, so tests run this in a process of its own.
+
+Bounds: products are exact or rounded once to the dtype of x, sums are float32. Relative to the norm of the
+float64 result that is 2e-6 in float32 (K <= 1000 terms) and 1e-3 in float16 (rounding of weight and result).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from quantkit.algorithms import codebook as tables
+from quantkit.encoding import Codebook, Float8, PackedWeight, dequantize
+from quantkit.kernels import codebook, codebook_tuning, float8, float8_tuning, reference
+
+BOUND = {torch.float32: 2e-6, torch.float16: 1e-3}
+DEVICE = "cpu"
+
+
+def error(got: Tensor, want: Tensor, dtype: torch.dtype) -> float:
+    if got.shape != want.shape or got.dtype != dtype:
+        return float("inf")
+    return float((got.double() - want).norm() / want.norm()) / BOUND[dtype]
+
+
+def codebook_weight(n: int, k: int, block: int, kind: str) -> PackedWeight:
+    """Random bytes, all 256 where there is room."""
+    codes = torch.randint(0, 256, (-(-n * k // 2),), dtype=torch.uint8)
+    codes[: min(256, codes.numel())] = torch.arange(256)[: codes.numel()].to(torch.uint8)
+    lut = tables.table(kind, torch.device("cpu"))
+    return PackedWeight(Codebook(4, block), (n, k), codes, torch.rand(-(-n * k // block)) + 0.1, lut=lut)
+
+
+def codebook_cases() -> Iterator[tuple[str, float]]:
+    Config = codebook_tuning.Config
+    tiles = [
+        (1, Config(16, 8, 64, 4)),
+        (3, Config(16, 8, 64, 2, split=2)),
+        (5, Config(32, 8, 64, 1)),
+        (9, Config(16, 8, 64, 1, split=2)),
+    ]
+    # Odd N, a K tail, blocks that straddle rows (1000, 63), rows that begin inside a byte (63), other blocks.
+    for n, k, block in [(33, 256, 64), (5, 1000, 64), (7, 63, 64), (16, 320, 32), (9, 128, 128)]:
+        packed = codebook_weight(n, k, block, "nf4" if block == 64 else "fp4")
+        exact = dequantize(packed, torch.float64)
+        parts = (packed.codes, packed.scale, packed.lut)
+        for dtype in (torch.float32, torch.float16):
+            name = f"{n}x{k} block {block} {dtype}"
+            dense = codebook.dequantize_codebook(*parts, n, k, block, dtype)
+            yield f"dequantize {name}", 0.0 if torch.equal(dense, dequantize(packed, dtype)) else 2.0
+            for m, config in tiles:
+                x, bias = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype)
+                got = codebook.launch_gemm(x, *parts, bias, n, block, config)
+                yield f"linear {name} {m} {config}", error(got, x.double() @ exact.T + bias.double(), dtype)
+            grad = torch.randn(2, 3, n).to(dtype)
+            dx = codebook.codebook_linear_backward(grad, *parts, k, block)
+            yield f"backward {name}", error(dx, grad.double() @ exact, dtype)
+        x = torch.randn(codebook_tuning.FUSED_ROWS + 1, k)
+        got = codebook.codebook_linear(x, *parts, None, n, block)
+        yield f"sliced {name}", error(got, x.double() @ exact.T, torch.float32)
+    part = torch.empty(4, 64)
+    packed = codebook_weight(9, 256, 64, "nf4")
+    codebook.launch_dequantize(packed.codes, packed.scale, packed.lut, 256, 64, part, 3, 128)
+    yield "part", 0.0 if torch.equal(part, dequantize(packed)[3:7, 128:192]) else 2.0
+
+
+def float8_weight(n: int, k: int, block: tuple[int, int], activation: str | None) -> PackedWeight:
+    """Every code but the two NaNs."""
+    valid = torch.tensor([code for code in range(256) if code & 0x7F != 0x7F], dtype=torch.uint8)
+    codes = valid[torch.randint(0, 254, (n, k))]
+    codes.view(-1)[:254] = valid
+    scale = torch.rand(-(-n // block[0]), -(-k // block[1])) + 0.1
+    fixed = torch.tensor([0.01]) if activation == "fp8_static" else None
+    return PackedWeight(Float8(block), (n, k), codes, scale, activation=activation, input_scale=fixed)  # type: ignore[arg-type]
+
+
+def float8_cases() -> Iterator[tuple[str, float]]:
+    Config = float8_tuning.Config
+    tiles = [(1, Config(16, 8, 64, 4)), (3, Config(16, 8, 64, 2, split=2)), (5, Config(32, 8, 64, 1))]
+    for n, k, block in [
+        (33, 256, (33, 256)),
+        (17, 200, (1, 200)),
+        (40, 300, (128, 128)),
+        (33, 256, (32, 64)),
+    ]:
+        for activation in (None, "fp8_token", "fp8_group128", "fp8_static"):
+            packed = float8_weight(n, k, block, activation)
+            exact = dequantize(packed, torch.float64)
+            for dtype in (torch.float32, torch.float16):
+                name = f"{n}x{k} block {block} {activation} {dtype}"
+                for m, config in tiles:
+                    x, bias = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype)
+                    q, scales = x, {}
+                    if activation is not None:
+                        q, s = float8.round_activation(x, activation, packed.input_scale, dtype)
+                        scales = {"x_scale": s, "group": float8._GROUPS[activation]}
+                    args = (q, packed.codes, packed.scale, bias, *block, config)
+                    got = float8.launch_gemm(*args, **scales)  # type: ignore[arg-type]
+                    rounded = reference.round_activation(x.float(), packed).double()
+                    yield f"linear {name} {m} {config}", error(got, rounded @ exact.T + bias.double(), dtype)
+            x = torch.randn(2, 3, k)
+            got = float8.float8_linear(
+                x, packed.codes, packed.scale, None, *block, activation, packed.input_scale
+            )
+            want = reference.round_activation(x, packed).double() @ exact.T
+            yield f"op {n}x{k} {block} {activation}", error(got, want, torch.float32)
+        dense = float8.dequantize_float8(packed.codes, packed.scale, *block, torch.float32)
+        yield f"dequantize {name}", 0.0 if torch.equal(dense, dequantize(packed)) else 2.0
+        grad = torch.randn(3, n)
+        dx = float8.float8_linear_backward(grad, packed.codes, packed.scale, *block)
+        yield f"backward {name}", error(dx, grad.double() @ exact, torch.float32)
+    every = torch.arange(256, dtype=torch.uint8).view(1, 256)
+    dense = float8.dequantize_float8(every, torch.ones(1, 1), 1, 256, torch.float32)
+    want = every.view(torch.float8_e4m3fn).float()
+    yield "all codes, NaN included", 0.0 if torch.equal(dense.nan_to_num(1e9), want.nan_to_num(1e9)) else 2.0
+    yield "e4m3 rounding", rounding_error()
+
+
+def rounding_error() -> float:
+    """`round_rows_kernel` against torch's cast: ties, subnormals, both signs, next to every code's value."""
+    values = torch.arange(0, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    middles = (values[1:] + values[:-1]) / 2
+    near = torch.cat([values, middles, middles * (1 + 2e-7), middles * (1 - 2e-7), torch.rand(3000) * 0.02])
+    x = torch.cat([near, -near]).clamp(-448, 448)
+    x = torch.nn.functional.pad(x, (0, -len(x) % 4096)).view(-1, 4096)
+    q, _ = float8.round_activation(x, "fp8_static", torch.ones(1), torch.float32)
+    return 0.0 if torch.equal(q, x.to(torch.float8_e4m3fn).float()) else 2.0
+
+
+def main() -> None:
+    torch.manual_seed(int.from_bytes(__import__("os").urandom(4), "little"))
+    cases = {"codebook": codebook_cases, "float8": float8_cases}[sys.argv[1]]
+    print(json.dumps(dict(cases())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""`quantkit bench kernels`: what it measures and what it writes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantkit.cli.app import run
+from quantkit.encoding import Affine, dequantize
+from quantkit.errors import UsageError
+from quantkit.kernels import bench_report
+from quantkit.kernels.bench import Report, Row, bench
+from quantkit.kernels.bench_cases import CANDIDATES, FORMATS, random_weight
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_random_weights_are_valid_and_scaled(form: str) -> None:
+    """Rows have norm about 1, so outputs are of the size of x and errors mean what they say."""
+    packed = random_weight(form, 256, 512, CPU)
+    norms = dequantize(packed, torch.float64).norm(dim=1)
+    assert packed.shape == (256, 512)
+    assert 0.2 < float(norms.mean()) < 5
+    if form == "ternary":
+        assert packed.encoding == Affine(2, 512)
+        assert set(((dequantize(packed) / packed.scale).round().unique()).tolist()) == {-1.0, 0.0, 1.0}
+
+
+def test_every_candidate_computes_the_product() -> None:
+    """Peers that are installed multiply with the same weight as quantkit (errors against float64)."""
+    report = bench(
+        ["affine-4g128", "nf4", "fp8-block"],
+        [(128, 256)],
+        [1, 3],
+        device=CPU,
+        dtypes=[torch.float32],
+        candidates=list(CANDIDATES),
+        seconds=0.0,
+    )
+    seen = {row.candidate for row in report.rows}
+    assert {"quantkit", "quantkit-int8", "reference", "dense", "torch-int4"} <= seen
+    for row in report.rows:
+        assert row.note == "" and row.microseconds > 0, row
+        rounded = "int8" in row.candidate and row.candidate != "torch-int4"
+        # bitsandbytes on the CPU may multiply in bfloat16.
+        bound = 3e-2 if rounded else 1e-2 if row.candidate == "bitsandbytes" else 1e-5
+        assert row.error < bound, row
+
+
+def test_a_failing_candidate_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(packed: object, dtype: object) -> None:
+        raise RuntimeError("no kernel\nfor this chip")
+
+    monkeypatch.setitem(CANDIDATES, "gemlite", broken)
+    report = bench(
+        ["nf4"],
+        [(64, 64)],
+        [1],
+        device=CPU,
+        dtypes=[torch.float32],
+        candidates=["quantkit", "gemlite"],
+        seconds=0.0,
+    )
+    failed = next(row for row in report.rows if row.candidate == "gemlite")
+    assert failed.note == "RuntimeError: no kernel for this chip" and math.isinf(failed.microseconds)
+    header, lines = bench_report.table(report)
+    assert lines[0][header.index("gemlite")] == "failed"
+    assert bench_report.to_json(report)["rows"][-1]["microseconds"] is None
+
+
+def example() -> Report:
+    rows = [
+        Row("nf4", 1024, 2048, 4, "float32", name, us, us, 2_000_000, 1e-7)
+        for name, us in (("quantkit", 100.0), ("dense", 250.0))
+    ]
+    return Report("a chip", {"torch": "2"}, 1, 40.0, rows)
+
+
+def test_derived_numbers() -> None:
+    report = example()
+    ours = report.records()[0]
+    assert ours["gigabytes_per_second"] == pytest.approx(20.0)  # 2 MB in 100 us
+    assert ours["share_of_copy_bandwidth"] == pytest.approx(0.5)
+    assert ours["teraflops"] == pytest.approx(2 * 4 * 1024 * 2048 / 100e-6 / 1e12)
+    assert report.records()[1]["speedup"] == pytest.approx(2.5)
+    header, lines = bench_report.table(report)
+    assert dict(zip(header, lines[0]))["dense"] == "2.50"
+    assert "| nf4 | 1024x2048 | 4 |" in bench_report.markdown(report)
+
+
+def test_files(tmp_path: Path) -> None:
+    bench_report.write_csv(example(), tmp_path / "a.csv")
+    with (tmp_path / "a.csv").open(encoding="utf-8") as file:
+        assert [line["candidate"] for line in csv.DictReader(file)] == ["quantkit", "dense"]
+    bench_report.write_json(example(), tmp_path / "a.json")
+    assert json.loads((tmp_path / "a.json").read_text())["copy_gigabytes_per_second"] == 40.0
+
+
+def test_roofline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("MPLCONFIGDIR", str(tmp_path))
+    bench_report.plot_roofline(example(), tmp_path / "roof.png")
+    assert (tmp_path / "roof.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_roofline_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    with pytest.raises(UsageError, match=r"quantkit\[report\]"):
+        bench_report.plot_roofline(example(), tmp_path / "roof.png")
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "b.csv"
+    arguments = "bench kernels --device cpu -f affine-4g128 --shape 64x256 --rows 1,2 --seconds 0"
+    assert (
+        run([*arguments.split(), "--candidate", "quantkit", "--candidate", "dense", "--csv", str(out)]) == 0
+    )
+    printed = capsys.readouterr().out
+    assert "affine-4g128" in printed and "64x256" in printed
+    assert len(out.read_text().splitlines()) == 5
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["-f", "nf5"], "Did you mean 'nf4'"),
+        (["--shape", "64"], "N x K"),
+        (["--rows", "0"], "number of rows"),
+        (["--candidate", "gemlit"], "Did you mean 'gemlite'"),
+    ],
+)
+def test_wrong_arguments(extra: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", "kernels", "--device", "cpu", *extra]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())

@@ -1,0 +1,136 @@
+"""Codebook and float8 Triton kernels: in the interpreter against float64, and compiled without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.parametrize("family", ["codebook", "float8"])
+def test_interpreted_kernels_match_float64(family: str) -> None:
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(HERE.parents[1]),
+    }
+    done = subprocess.run(
+        [sys.executable, str(HERE / "codebook_float8_cases.py"), family],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    errors = json.loads(done.stdout.splitlines()[-1])
+    assert len(errors) > 40
+    bad = {case: e for case, e in errors.items() if not e <= 1}
+    assert not bad, bad
+
+
+def compiled(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], target: Any, **options: int
+) -> Any:
+    """The kernel's binary for `target`, with pointers and sizes divisible by 16, M excepted."""
+    import triton
+    from triton.compiler import ASTSource
+
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        signature[name] = "constexpr" if name in constants else types.get(name, "i32")
+        if name not in constants and name != "M":
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    return triton.compile(ASTSource(kernel, signature, values, attributes), target=target, options=options)
+
+
+POINTERS = {
+    "codes_ptr": "*u8", "scale_ptr": "*fp32", "x_scale_ptr": "*fp32", "lut_ptr": "*fp32",
+}  # fmt: skip
+#: chip -> bytes of shared memory that a block may take
+LIMITS: dict[int | str, int] = {
+    75: 65536, 80: 166912, 89: 101376, 90: 232448, 100: 232448, "gfx90a": 65536, "gfx942": 65536, "gfx1100": 65536,
+}  # fmt: skip
+
+
+def gemm(family: str, chip: int | str, m: int, config: Any, table: bool) -> Any:
+    """One fused kernel compiled as `launch_gemm` would launch it."""
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+
+    from quantkit.kernels import codebook_gemm, float8_gemm
+
+    cuda = isinstance(chip, int)
+    warp = 32 if cuda or str(chip).startswith("gfx11") else 64
+    target = GPUTarget("cuda", chip, 32) if cuda else GPUTarget("hip", chip, warp)
+    half, dot = ("*bf16", tl.bfloat16) if chip != 75 and chip != "gfx1100" else ("*fp16", tl.float16)
+    stages = config.stages if family == "float8" or table else 2
+    constants: dict[str, Any] = {
+        "BN": config.rows, "BM": config.columns, "BK": config.inputs, "SPLIT": config.split, "STAGES": stages,
+        "EVEN_K": True, "EVEN_N": True, "HAS_BIAS": False, "DOT": dot,
+    }  # fmt: skip
+    if family == "codebook":
+        module, prefix = codebook_gemm, "codebook_gemm"
+        constants |= {"BLOCK": 64, "ROW_SCALES": True, "ASM": table, "THREADS": 32 * config.warps}
+    else:
+        module, prefix = float8_gemm, "float8_gemm"
+        constants |= {"BLOCK_K": 128, "X_GROUP": -1, "ASM": cuda and chip != 75}
+    kernel = getattr(module, prefix + ("_kernel" if config.slices > 1 else "_wide_kernel"))
+    if config.slices > 1:
+        constants |= {"KS": config.slices, "ONE_ROW": m == 1}
+    out = "*fp32" if config.split > 1 else half
+    types = {**POINTERS, "x_ptr": half, "bias_ptr": half, "out_ptr": out}
+    return compiled(kernel, types, constants, target, num_warps=config.warps, num_stages=stages)
+
+
+#: Static shared memory of the table, and what Triton raises a block's limit for.
+TABLE, THRESHOLD = 32768, 49152
+
+
+def shipped(family: str) -> list[tuple[int, Any]]:
+    from quantkit.kernels import codebook_tuning, float8_tuning
+
+    lines = {"codebook": codebook_tuning, "float8": float8_tuning}[family].CONFIGS
+    return list(dict.fromkeys((m, config) for m, *pair in lines for config in pair))
+
+
+def test_table_kernel_compiles_and_fits() -> None:
+    """One shipped tile with PTX: the table's 32 KB come on top of what Triton counts."""
+    m, config = shipped("codebook")[0]
+    binary = gemm("codebook", 90, m, config, table=True)
+    assert THRESHOLD < binary.metadata.shared <= LIMITS[90] - TABLE
+    assert "quantkit_pairs[8192]" in binary.asm["ptx"]
+
+
+@pytest.mark.parametrize(("family", "chip"), [("codebook", 89), ("float8", 89), ("float8", "gfx942")])
+def test_small_tiles_compile_and_fit(family: str, chip: int | str) -> None:
+    from quantkit.kernels import codebook_tuning, float8_tuning
+
+    module = {"codebook": codebook_tuning, "float8": float8_tuning}[family]
+    for m, config in module.SMALL:
+        assert gemm(family, chip, m, config, table=False).metadata.shared <= LIMITS[chip]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", list(LIMITS))
+@pytest.mark.parametrize("family", ["codebook", "float8"])
+def test_every_tile_compiles_and_fits(family: str, chip: int | str) -> None:
+    from quantkit.kernels import codebook_tuning, float8_tuning
+
+    large = chip in (80, 90, 100)
+    module = {"codebook": codebook_tuning, "float8": float8_tuning}[family]
+    for m, config in shipped(family) if large else module.SMALL:
+        table = large and family == "codebook"
+        shared = gemm(family, chip, m, config, table).metadata.shared
+        assert shared <= LIMITS[chip] - (TABLE if table else 0), (m, config, shared)
+        assert not table or shared > THRESHOLD, (m, config, shared)
