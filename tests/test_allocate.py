@@ -175,25 +175,38 @@ def test_override_files(tmp_path: Path) -> None:
         read_overrides([f"@{file}"])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("bits", "gain"), [(3, 0.85), (4, 1.0)])
-def test_better_than_uniform_on_the_example(tmp_path: Path, bits: int, gain: float) -> None:
-    """At the size of uniform widths the mixture's KL on held-out text (which allocation never saw) is lower:
-    by much at 3 bits, where groups of 2 and 4 bits pay for each other; not higher at 4."""
+@pytest.fixture(scope="module")
+def example_work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Conversions and sensitivities of the example, measured once for all targets."""
     if not (EXAMPLE / "model.safetensors").is_file():
         pytest.skip("the example checkpoint is not here")
-    work = tmp_path / "work"
-    uniform = work / f"uniform-{bits}"
-    quantkit.convert(EXAMPLE, tmp_path / "probe", format="hqq", options={"bits": bits})
-    size = inspect(tmp_path / "probe").bits_per_weight
+    return tmp_path_factory.mktemp("example")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("bits", "gain"), [(3, 0.85), (4, 1.0)])
+def test_better_than_uniform_on_the_example(
+    example_work: Path, tmp_path: Path, bits: int, gain: float
+) -> None:
+    """At the size of uniform widths the mixture's KL on held-out text (which allocation never saw) is lower:
+    by much at 3 bits, where groups of 2 and 4 bits pay for each other; not higher at 4."""
+    quantkit.convert(EXAMPLE, tmp_path / "uniform", format="hqq", options={"bits": bits})
+    size = inspect(tmp_path / "uniform").bits_per_weight
     assert size is not None
-    found = allocate(EXAMPLE, size, tmp_path / "o.txt", format="hqq", workdir=work, tokens=4096)
+    settings = {"format": "hqq", "workdir": example_work, "tokens": 2048}
+    found = allocate(EXAMPLE, size, tmp_path / "o.txt", **settings)
     assert found.bits_per_weight <= size and found.kl_measured <= found.uniform_kl[str(bits)]
     overrides = [parse_override(text) for text in found.overrides]
     quantkit.convert(EXAMPLE, tmp_path / "mix", format="hqq", options=found.options, overrides=overrides)
     rows = quantkit.evaluate(
-        [tmp_path / "mix", uniform], EXAMPLE, dtype="float32", tokens=8192, checks=False, layers=False
+        [tmp_path / "mix", tmp_path / "uniform"],
+        EXAMPLE,
+        dtype="float32",
+        tokens=8192,
+        checks=False,
+        layers=False,
     ).rows
     mix, plain = rows[1].divergence, rows[2].divergence
     assert mix and plain and rows[1].size <= rows[2].size
-    assert mix.kl_mean <= gain * plain.kl_mean + 2 * (mix.kl_stderr if gain == 1.0 else 0.0)
+    assert mix.kl_mean <= gain * plain.kl_mean

@@ -32,6 +32,7 @@ class OnnxLinear(nn.Module):
 
 
 def fixed(tensor: Tensor) -> nn.Parameter:
+    """A frozen parameter: an initializer of the graph."""
     return nn.Parameter(tensor.detach().contiguous(), requires_grad=False)
 
 

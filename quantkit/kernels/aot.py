@@ -286,8 +286,8 @@ def compile_record(item: Record, target_name: str) -> Built:
 def build(request: Request, targets: Iterable[str], out: Path, report: Any = None) -> dict[str, Any]:
     """Compile the request for every target into `out`; returns the manifest that was written.
 
-    `report(entry)` is called after each binary. A dtype that a target's matrix units lack (bfloat16 on sm_75)
-    is left out and named in the manifest's "left_out".
+    `report(entry)` is called after each binary. What a target cannot have is left out and named in the
+    manifest's "left_out": kernels too large for its shared memory, bfloat16 on sm_75.
     """
     entries: list[dict[str, Any]] = []
     left_out: list[str] = []
@@ -299,7 +299,11 @@ def build(request: Request, targets: Iterable[str], out: Path, report: Any = Non
             wanted = Request(request.encodings, kept, request.shapes, request.rows, request.backward)
             left_out.append("sm_75: bfloat16 (no bfloat16 matrix units)")
         for item in collect(wanted, target):
-            built = compile_record(item, name)
+            try:
+                built = compile_record(item, name)
+            except QuantkitError as too_large:
+                left_out.append(f"{name}: {too_large.what}")
+                continue
             path = out / built.entry["file"]
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(built.binary)

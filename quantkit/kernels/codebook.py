@@ -83,23 +83,23 @@ def launch_gemm(
     out = x.new_empty((m, n))
     target = x.new_empty((split, m, n), dtype=torch.float32) if split > 1 else out
     arguments = (x, codes, scale, lut, bias if bias is not None else x, target, m, n, k, x.stride(0), n)
-    options: dict[str, Any] = dict(
-        BN=config.rows,
-        BM=config.columns,
-        BK=inputs,
-        SPLIT=split,
-        STAGES=stages,
-        BLOCK=block_size,
-        ROW_SCALES=row_scales,
-        EVEN_K=k % step == 0,
-        EVEN_N=n % config.rows == 0,
-        HAS_BIAS=bias is not None,
-        DOT=DOT_TYPES[x.dtype],
-        ASM=asm,
-        THREADS=32 * config.warps,
-        num_warps=config.warps,
-        num_stages=stages,
-    )
+    options: dict[str, Any] = {
+        "BN": config.rows,
+        "BM": config.columns,
+        "BK": inputs,
+        "SPLIT": split,
+        "STAGES": stages,
+        "BLOCK": block_size,
+        "ROW_SCALES": row_scales,
+        "EVEN_K": k % step == 0,
+        "EVEN_N": n % config.rows == 0,
+        "HAS_BIAS": bias is not None,
+        "DOT": DOT_TYPES[x.dtype],
+        "ASM": asm,
+        "THREADS": 32 * config.warps,
+        "num_warps": config.warps,
+        "num_stages": stages,
+    }
     grid = (triton.cdiv(n, config.rows), split, triton.cdiv(m, config.columns))
     if slices > 1:
         codebook_gemm_kernel[grid](*arguments, **options, KS=slices, ONE_ROW=m == 1)

@@ -88,7 +88,7 @@ def _tiles(k: int, block_k: int) -> int:
 def _weight_only(
     x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, block_n: int, block_k: int
 ) -> Tensor:
-    (m, k), n = x.shape, codes.shape[0]
+    (m, _k), n = x.shape, codes.shape[0]
     if m <= float8_tuning.FUSED_ROWS:
         return launch_gemm(
             x, codes, scale, bias, block_n, block_k, float8_tuning.config(m, n, large_shared_memory())
@@ -102,7 +102,7 @@ def _weight_only(
 
 def _unround(q: Tensor, x_scale: Tensor) -> Tensor:
     """Values of rounded activations in the dtype of `q [M, K]`."""
-    m, k = q.shape
+    _m, k = q.shape
     if x_scale.numel() == 1 or x_scale.shape[1] == 1:
         return (q.float() * x_scale).to(q.dtype)
     wide = x_scale.repeat_interleave(128, 1)[:, :k]
@@ -188,22 +188,22 @@ def launch_gemm(
         x.stride(0),
         n,
     )
-    options: dict[str, Any] = dict(
-        BN=config.rows,
-        BM=config.columns,
-        BK=inputs,
-        SPLIT=split,
-        STAGES=config.stages,
-        BLOCK_K=0 if whole else block_k,
-        X_GROUP=-1 if x_scale is None else group,
-        EVEN_K=k % step == 0,
-        EVEN_N=n % config.rows == 0,
-        HAS_BIAS=bias is not None,
-        DOT=DOT_TYPES[x.dtype],
-        ASM=has_ptx() if asm is None else asm,
-        num_warps=config.warps,
-        num_stages=config.stages,
-    )
+    options: dict[str, Any] = {
+        "BN": config.rows,
+        "BM": config.columns,
+        "BK": inputs,
+        "SPLIT": split,
+        "STAGES": config.stages,
+        "BLOCK_K": 0 if whole else block_k,
+        "X_GROUP": -1 if x_scale is None else group,
+        "EVEN_K": k % step == 0,
+        "EVEN_N": n % config.rows == 0,
+        "HAS_BIAS": bias is not None,
+        "DOT": DOT_TYPES[x.dtype],
+        "ASM": has_ptx() if asm is None else asm,
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+    }
     grid = (triton.cdiv(n, config.rows), split, triton.cdiv(m, config.columns))
     if slices > 1:
         float8_gemm_kernel[grid](*arguments, **options, KS=slices, ONE_ROW=m == 1)

@@ -83,6 +83,16 @@ def test_fewer_stages_where_shared_memory_is_small(monkeypatch: pytest.MonkeyPat
         aot.compile_record(record, "sm_80")
 
 
+def test_a_kernel_too_large_for_a_chip_is_named_and_left_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(aot.SHARED_LIMIT, "sm_80", 16)
+    manifest = aot.build(ONE, ["sm_80"], tmp_path)
+    assert manifest["kernels"] == []
+    (line,) = manifest["left_out"]
+    assert line.startswith("sm_80: affine_gemm_kernel takes")
+
+
 def test_sm_75_is_built_without_bfloat16(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[aot.Request] = []
     monkeypatch.setattr(aot, "collect", lambda request, target: asked.append(request) or [])
