@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from quantkit.export.onnx_graph import MODEL, CacheShape, names
-from quantkit.kernels import cpu_sessions
 
 
 class OnnxRunner:
@@ -51,9 +50,5 @@ def open_session(path: Path, level: int) -> Any:
     options.log_severity_level = 3
     # Or onnxruntime fuses DequantizeLinear + MatMul with int8 activations on its own account.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(level))
-    # quantkit's CPU kernels may have started onnxruntime's process-wide pool; then no session may have its own.
-    if cpu_sessions._shared_threads.cache_info().currsize and cpu_sessions._shared_threads():
-        options.use_per_session_threads = False
-    else:
-        options.intra_op_num_threads = torch.get_num_threads()
+    options.intra_op_num_threads = torch.get_num_threads()
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

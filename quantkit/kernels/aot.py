@@ -291,26 +291,28 @@ def build(request: Request, targets: Iterable[str], out: Path, report: Any = Non
     """
     entries: list[dict[str, Any]] = []
     left_out: list[str] = []
-    for name in dict.fromkeys(targets):
-        target = parse_target(name)
-        wanted = request
-        if name == "sm_75" and torch.bfloat16 in request.dtypes:
-            kept = tuple(d for d in request.dtypes if d != torch.bfloat16)
-            wanted = Request(request.encodings, kept, request.shapes, request.rows, request.backward)
-            left_out.append("sm_75: bfloat16 (no bfloat16 matrix units)")
-        for item in collect(wanted, target):
-            try:
-                built = compile_record(item, name)
-            except QuantkitError as too_large:
-                left_out.append(f"{name}: {too_large.what}")
-                continue
-            path = out / built.entry["file"]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(built.binary)
-            entries.append(built.entry)
-            if report is not None:
-                report(built.entry)
     manifest = {"format": 1, "triton": triton.__version__, "left_out": left_out, "kernels": entries}
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    try:
+        for name in dict.fromkeys(targets):
+            target = parse_target(name)
+            wanted = request
+            if name == "sm_75" and torch.bfloat16 in request.dtypes:
+                kept = tuple(d for d in request.dtypes if d != torch.bfloat16)
+                wanted = Request(request.encodings, kept, request.shapes, request.rows, request.backward)
+                left_out.append("sm_75: bfloat16 (no bfloat16 matrix units)")
+            for item in collect(wanted, target):
+                try:
+                    built = compile_record(item, name)
+                except QuantkitError as too_large:
+                    left_out.append(f"{name}: {too_large.what}")
+                    continue
+                path = out / built.entry["file"]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(built.binary)
+                entries.append(built.entry)
+                if report is not None:
+                    report(built.entry)
+    finally:  # an interrupted build, too, says what it left
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return manifest

@@ -8,8 +8,12 @@ A session holds one node of the contrib domain `com.microsoft` (onnxruntime's Co
 Weights reach it as external initializers over torch's memory, without a copy. `MatMulNBits` prepacks B into
 the order its instruction set wants: the one further copy of the codes, after which a B that had to be
 converted (widened codes) is freed. `MatMulBnb4` reads the layer's bytes in place. Inputs and outputs are
-bound by address. All sessions share one thread pool (the process's global one, of
-`torch.get_num_threads()` threads at the first call): 300 layers do not start 600 threads.
+bound by address.
+
+Threads: a layer is cut into parts of its output rows, one single-threaded onnxruntime session each, and the
+parts run on one small pool that all layers share, so 300 layers do not start 600 threads. (onnxruntime's own
+global pool would be simpler, but once it exists every other session of the process that does not ask for it
+fails to build: not a library's decision to make.)
 
 A session belongs to the *storage* of a layer's codes, not to the module: modules stay plain (deepcopy,
 pickle, `.to(device)`, safetensors), and the session goes when the storage goes. A write through torch
@@ -20,10 +24,11 @@ that hides from them (`tensor.data`, numpy) is not: call `forget()` after one.
 from __future__ import annotations
 
 import ctypes
-import logging
+import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
@@ -32,8 +37,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-
-log = logging.getLogger(__name__)
 
 #: ONNX versions that every onnxruntime >= 1.22 reads.
 IR_VERSION, OPSET = 10, 21
@@ -64,39 +67,85 @@ class Session:
     """A `Node` ready to run. Calls may come from several threads at once."""
 
     def __init__(self, node: Node, owned: set[int]) -> None:
-        runtime = _runtime()
-        options = runtime.SessionOptions()
-        options.use_per_session_threads = not _shared_threads()
-        if options.use_per_session_threads:
-            options.intra_op_num_threads = torch.get_num_threads()
-        # An arena would keep each session's largest scratch (a dense weight, for MatMulBnb4) for ever.
-        options.enable_cpu_mem_arena = False
-        options.enable_mem_pattern = False
-        options.log_severity_level = 3  # errors only: its warnings are about graphs, and this is one node
         weights = {name: t.detach() for name, t in node.initializers.items()}
-        values = {name: _borrow(t) for name, t in weights.items()}
-        # The first call gives the graph its values; the second makes the session read them in place.
-        options.add_external_initializers(list(values), list(values.values()))
-        for name, value in values.items():
-            options.add_initializer(name, value)
-        self._session = runtime.InferenceSession(
-            _model_bytes(node), options, providers=["CPUExecutionProvider"]
-        )
+        self.out_features = node.out_features
+        self._starts = _row_starts(node)
+        ends = [*self._starts[1:], node.out_features]
+        self._parts = [_build(node, start, end) for start, end in zip(self._starts, ends)]
         converted = {n: t for n, t in weights.items() if t.untyped_storage()._cdata not in owned}
         if "b" in converted and node.op == "MatMulNBits" and prepacks(**node.attributes):
             del converted["b"]
         self.kept = converted  # what nobody else keeps alive and onnxruntime still reads
-        self.out_features = node.out_features
 
     def __call__(self, x: Tensor) -> Tensor:
         """`x [M, K]` float32, contiguous -> new float32 `[M, N]`."""
         out = torch.empty((x.shape[0], self.out_features), dtype=torch.float32)
-        binding = self._session.io_binding()
-        kind = _float32()
-        binding.bind_input("x", "cpu", 0, kind, tuple(x.shape), x.data_ptr())
-        binding.bind_output("y", "cpu", 0, kind, tuple(out.shape), out.data_ptr())
-        self._session.run_with_iobinding(binding)
-        return out
+        if len(self._parts) == 1:
+            _run(self._parts[0], x, out)
+            return out
+        ends = [*self._starts[1:], self.out_features]
+        columns = [out[:, start:end] for start, end in zip(self._starts, ends)]
+        # One row's columns are contiguous: parts write them in place.
+        targets = columns if x.shape[0] == 1 else [torch.empty(c.shape, dtype=c.dtype) for c in columns]
+        work = [_pool().submit(_run, part, x, y) for part, y in zip(self._parts[1:], targets[1:])]
+        _run(self._parts[0], x, targets[0])
+        for part in work:
+            part.result()
+        return out if x.shape[0] == 1 else torch.cat(targets, dim=1, out=out)
+
+
+def _row_starts(node: Node) -> list[int]:
+    """First output row of each part: one part per thread, of at least 2**18 weights."""
+    n, k = node.out_features, node.in_features
+    count = max(1, min(torch.get_num_threads(), n // 64, n * k >> 18))
+    if node.op == "MatMulBnb4" and (64 * k) % (2 * node.attributes["block_size"]):
+        count = 1  # blocks and bytes straddle the cuts
+    step = -(-n // count // 64) * 64
+    return list(range(0, n, step)) if count > 1 else [0]
+
+
+def _build(node: Node, start: int, end: int) -> Any:
+    """onnxruntime's session for rows `start` to `end` of the node."""
+    runtime = _runtime()
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    # An arena would keep each session's largest scratch (a dense weight, for MatMulBnb4) for ever.
+    options.enable_cpu_mem_arena = False
+    options.enable_mem_pattern = False
+    options.log_severity_level = 3  # errors only: its warnings are about graphs, and this is one node
+    weights = {name: t.detach() for name, t in node.initializers.items()}
+    if (start, end) != (0, node.out_features):
+        if node.op == "MatMulBnb4":  # flattened; the last block or byte of all may be short
+            per = {"b": (node.in_features, 2), "absmax": (node.in_features, node.attributes["block_size"])}
+            weights = {
+                name: t[start * per[name][0] // per[name][1] : -(-end * per[name][0] // per[name][1])]
+                for name, t in weights.items()
+            }
+        else:
+            weights = {name: t[start:end] for name, t in weights.items()}
+    values = {name: _borrow(t) for name, t in weights.items()}
+    # The first call gives the graph its values; the second makes the session read them in place.
+    options.add_external_initializers(list(values), list(values.values()))
+    for name, value in values.items():
+        options.add_initializer(name, value)
+    part = Node(node.op, end - start, node.in_features, node.attributes, weights)
+    return runtime.InferenceSession(_model_bytes(part), options, providers=["CPUExecutionProvider"])
+
+
+def _run(session: Any, x: Tensor, out: Tensor) -> None:
+    binding = session.io_binding()
+    binding.bind_input("x", "cpu", 0, _float32(), tuple(x.shape), x.data_ptr())
+    binding.bind_output("y", "cpu", 0, _float32(), tuple(out.shape), out.data_ptr())
+    session.run_with_iobinding(binding)
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max(1, torch.get_num_threads() - 1), thread_name_prefix="quantkit-cpu")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a fork takes no threads along
 
 
 @cache
@@ -111,17 +160,6 @@ def _float32() -> Any:
     import numpy
 
     return numpy.float32
-
-
-@cache
-def _shared_threads() -> bool:
-    """Start the global thread pool; False where someone else has already fixed it otherwise."""
-    try:
-        _runtime().set_global_thread_pool_sizes(torch.get_num_threads(), 1)
-    except Exception as error:
-        log.warning("onnxruntime's shared thread pool is not available (%s): one pool per layer", error)
-        return False
-    return True
 
 
 def _borrow(tensor: Tensor) -> Any:

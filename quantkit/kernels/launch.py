@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: Type of a dot's operands, by the dtype of x. The interpreter computes bfloat16 wrongly without an error,
-#: so `dot_type` answers float32 there.
+#: Type of a dot's operands, by the dtype of x. (The interpreter computes bfloat16 wrongly without an error:
+#: test float16 and float32 there.)
 DOT_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 

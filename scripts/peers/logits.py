@@ -71,6 +71,10 @@ def from_transformers(model: Path, dtype: Any, args: argparse.Namespace) -> Any:
     if config.get("quant_method") == "compressed-tensors" and not args.run_compressed:
         options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
     network = transformers.AutoModelForCausalLM.from_pretrained(model, **options)
+    if config.get("quant_method") == "bitsandbytes":
+        from peer_patches import plain_bitsandbytes_on_cpu
+
+        plain_bitsandbytes_on_cpu(network)
     if config.get("quant_method") in ("fp8", "bitnet"):
         network.to(dtype)  # in float32 these two would load tensors of two dtypes and fail to multiply them
     return network

@@ -30,6 +30,17 @@ def allow_autoawq_without_ipex() -> None:
     awq.models.base.get_best_device = lambda: "cpu:0"
 
 
+def plain_bitsandbytes_on_cpu(model: Any) -> None:
+    """On CPUs with AVX512-BF16 bitsandbytes 0.50 repacks 4-bit weights at the first evaluation.
+
+    That rounds absmax to bfloat16, and fails ("shape '[64, 1]' is invalid for input of size 96") where
+    in_features is no multiple of the block. Its other CPU path reads the file as it is.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def keep_autoawq_weights_apart() -> None:
     """autoawq keeps the weights it tries scales on with `.cpu()`, which copies on a GPU only.
 

@@ -22,6 +22,9 @@ needs_ort = pytest.mark.skipif(not cpu_sessions.available(), reason="onnxruntime
 
 #: float32 sums of K <= 1000 products: sqrt(K) * 2**-24 is 2e-6 at most, relative to the output's norm.
 FLOAT32 = 2e-6
+#: int8 rounding as well: an input next to a tie may fall to either side (a step of 1/127 of its block's
+#: maximum, 3e-4 of the output here). Not rounding at all would show as 5e-3.
+INT8 = 1.5e-3
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +87,7 @@ def test_affine_matches_reference(bits: int, zeros: str, activation: str | None)
             x, bias = torch.randn(rows, k), torch.randn(n)
             got = run(packed, x, bias)
             assert got.shape == (rows, n) and got.dtype == torch.float32
-            assert error(got, packed, x, bias) < FLOAT32, (n, k, group, rows)
+            assert error(got, packed, x, bias) < (INT8 if activation else FLOAT32), (n, k, group, rows)
 
 
 @needs_ort
@@ -95,7 +98,7 @@ def test_affine_with_permutation(activation: str | None) -> None:
         assert run(packed, torch.randn(2, 200)) is NotImplemented  # 40 has no factor 16
         packed = affine(31, 200, 4, 64, perm=True)
     x = torch.randn(2, 200)
-    assert error(run(packed, x), packed, x) < FLOAT32
+    assert error(run(packed, x), packed, x) < (INT8 if activation else FLOAT32)
 
 
 @needs_ort
@@ -106,8 +109,8 @@ def test_int8_mode_rounds_and_exact_mode_does_not() -> None:
     rounded = PackedWeight(
         exact.encoding, exact.shape, exact.codes, exact.scale, exact.zero, activation="int8_block"
     )
-    assert error(run(rounded, x), rounded, x) < FLOAT32
-    assert 1e-3 < error(run(rounded, x), exact, x) < 2e-2
+    assert error(run(rounded, x), rounded, x) < INT8
+    assert 3e-3 < error(run(rounded, x), exact, x) < 2e-2
 
 
 @needs_ort
@@ -276,6 +279,42 @@ def test_sessions_share_one_thread_pool() -> None:
     for layer in layers:
         layer(x)
     assert psutil.Process().num_threads() == before
+
+
+@needs_ort
+@pytest.mark.parametrize("rows", [1, 3])
+def test_parts_on_several_threads(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer large enough is cut into parts of rows; the last one is shorter."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    x = torch.randn(rows, 1024)
+    for packed in (affine(1000, 1024, 4, 64), affine(1000, 1024, 8, 64), nf4(1000, 1024)):
+        assert error(run(packed, x), packed, x) < FLOAT32
+    parts = [
+        len(entry.value._parts) for entry in cpu_sessions._entries.values() if hasattr(entry.value, "_parts")
+    ]
+    assert parts == [3]
+    cpu_sessions._pool().shutdown()
+    cpu_sessions._pool.cache_clear()
+
+
+@needs_ort
+def test_other_users_of_onnxruntime_are_not_disturbed() -> None:
+    """A session with default options still builds beside ours (with a global thread pool it would not)."""
+    import onnxruntime
+
+    packed = affine(16, 64, 4, 32)
+    run(packed, torch.randn(1, 64))
+    from onnx import TensorProto, helper
+
+    graph = helper.make_graph(
+        [helper.make_node("Relu", ["x"], ["y"])],
+        "other",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    assert session.run(None, {"x": torch.tensor([-1.0, 2.0]).numpy()})[0].tolist() == [0.0, 2.0]
 
 
 @needs_ort
