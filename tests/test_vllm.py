@@ -32,11 +32,19 @@ FAMILIES = {
 BFLOAT16 = ("gemma2", "gemma3")  # vLLM refuses float16 for them
 
 
-def vllm_log_probs(paths: list[Path], ids: torch.Tensor, dtype: str, tmp_path: Path) -> list[torch.Tensor]:
-    """float64 `[B, T - 1, V]` per checkpoint, computed by one process of vLLM."""
-    python = Path(os.environ.get("QUANTKIT_PEERS", ROOT / ".peers")) / "vllm/bin/python"
-    if not python.exists():
+@pytest.fixture(scope="module")
+def python() -> Path:
+    """vLLM's own interpreter; asked for before anything is converted."""
+    found = Path(os.environ.get("QUANTKIT_PEERS", ROOT / ".peers")) / "vllm/bin/python"
+    if not found.exists():
         pytest.skip("no vLLM environment: make peers")
+    return found
+
+
+def vllm_log_probs(
+    python: Path, paths: list[Path], ids: torch.Tensor, dtype: str, tmp_path: Path
+) -> list[torch.Tensor]:
+    """float64 `[B, T - 1, V]` per checkpoint, computed by one process of vLLM."""
     np.save(tmp_path / "ids.npy", ids.numpy())
     worker = [str(python), str(ROOT / "scripts/peers/vllm_logprobs.py"), "--dtype", dtype]
     command = [*worker, "--ids", str(tmp_path / "ids.npy"), *map(str, paths)]
@@ -61,7 +69,7 @@ def centred(log_probs: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.peer
 @pytest.mark.parametrize("fmt", ["gptq", "awq"])
-def test_vllm_computes_our_logits_on_every_dense_family(tiny, tmp_path, ids, fmt):
+def test_vllm_computes_our_logits_on_every_dense_family(python, tiny, tmp_path, ids, fmt):
     outs = {}
     for family, extra in FAMILIES.items():
         outs[family] = tmp_path / family
@@ -76,8 +84,10 @@ def test_vllm_computes_our_logits_on_every_dense_family(tiny, tmp_path, ids, fmt
             device="cpu",
         )
     half = [family for family in FAMILIES if family not in BFLOAT16]
-    theirs = dict(zip(half, vllm_log_probs([outs[f] for f in half], ids, "float16", tmp_path)))
-    theirs |= dict(zip(BFLOAT16, vllm_log_probs([outs[f] for f in BFLOAT16], ids, "bfloat16", tmp_path)))
+    theirs = dict(zip(half, vllm_log_probs(python, [outs[f] for f in half], ids, "float16", tmp_path)))
+    theirs |= dict(
+        zip(BFLOAT16, vllm_log_probs(python, [outs[f] for f in BFLOAT16], ids, "bfloat16", tmp_path))
+    )
     for family, out in outs.items():
         ours = centred(quantkit_log_probs(out, ids))
         error = float((ours - centred(theirs[family])).norm() / ours.norm())
@@ -88,7 +98,7 @@ def test_vllm_computes_our_logits_on_every_dense_family(tiny, tmp_path, ids, fmt
 
 @pytest.mark.peer
 @pytest.mark.parametrize("example, group", [("pydoc-llama-7m", 128), ("pydoc-qwen2-3m", 32)])
-def test_vllm_serves_the_examples_as_well_as_quantkit_does(tmp_path, example, group):
+def test_vllm_serves_the_examples_as_well_as_quantkit_does(python, tmp_path, example, group):
     """Trained checkpoints: what vLLM loses against the source is what quantkit's own loader loses."""
     from quantkit.eval.text import load_text
     from quantkit.load import load_tokenizer
@@ -108,7 +118,7 @@ def test_vllm_serves_the_examples_as_well_as_quantkit_does(tmp_path, example, gr
     def divergence(candidate: torch.Tensor) -> float:
         return float((reference.exp() * (reference - candidate)).sum(-1).mean())
 
-    for out, theirs in zip(outs, vllm_log_probs(outs, ids, "bfloat16", tmp_path)):
+    for out, theirs in zip(outs, vllm_log_probs(python, outs, ids, "bfloat16", tmp_path)):
         lost, ours = divergence(theirs), divergence(quantkit_log_probs(out, ids))
         # vLLM's bfloat16 arithmetic alone costs 1.2e-4 (measured with the unquantized example).
         assert abs(lost - ours) < 3e-4, (out.name, lost, ours)
