@@ -12,6 +12,9 @@ arguments that it does not cover, and the reference answers then. Backends are i
     cuda, xpu      float8      quantkit.kernels.float8
     cpu            any         quantkit.kernels.cpu         (onnxruntime or torch's own ops)
 
+A kernel that Triton or the driver refuses to build or to launch on some chip (too much shared memory, say)
+is reported once, and the reference answers; QUANTKIT_KERNELS=strict raises instead.
+
 To run everything through the reference: `with use_reference(): ...`, or QUANTKIT_KERNELS=reference.
 """
 
@@ -75,3 +78,20 @@ def _function(op: str, device_type: str) -> Implementation | None:
 def implementation(op: str, device_type: str) -> Implementation | None:
     """The backend's function for `op` on `device_type`, or None where only the reference exists."""
     return None if _reference_only.get() else _function(op, device_type)
+
+
+def launch_failed(op: str, error: Exception) -> bool:
+    """Is `error` Triton's refusal to compile or launch, after which the reference may answer? Says so once."""
+    refused = type(error).__module__.startswith("triton.") or str(error).startswith("Triton Error")
+    if not refused or os.environ.get("QUANTKIT_KERNELS", "") == "strict":
+        return False
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    _warn_once(
+        f"quantkit::{op}: its kernel does not run here ({first}); the slow reference answers. Please report it."
+    )
+    return True
+
+
+@cache
+def _warn_once(message: str) -> None:
+    log.warning(message)

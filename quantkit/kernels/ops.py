@@ -60,7 +60,12 @@ def _define(name: str, fake: Callable[..., Tensor]) -> Any:
         device = next(a.device.type for a in args if isinstance(a, Tensor))
         kernel = dispatch.implementation(name, device)
         if kernel is not None:
-            out = kernel(*args)
+            try:
+                out = kernel(*args)
+            except Exception as error:
+                if not dispatch.launch_failed(name, error):
+                    raise
+                out = NotImplemented
             if out is not NotImplemented:
                 return out
         return twin(*args)

@@ -163,3 +163,30 @@ def test_int8_activations_follow_bitnets_rule_exactly() -> None:
     integers = (x * s).round().to(torch.int64) @ (codes.to(torch.int64) - 1).T
     want = integers.double() * (scale[:, 0] / s).double()
     torch.testing.assert_close(got, want.float(), rtol=0, atol=0)
+
+
+def test_a_kernel_that_cannot_be_launched_is_reported_and_the_reference_answers(monkeypatch, caplog):
+    from quantkit.kernels import dispatch, ops, reference
+
+    x, codes = torch.randn(3, 64), torch.randint(0, 256, (5, 32), dtype=torch.uint8)
+    arguments = (x, codes, torch.rand(5, 2), torch.rand(5, 2), None, None, 4, 32, None)
+    expected = reference.affine_linear(*arguments)
+
+    def broken(message):
+        def kernel(*args):
+            raise RuntimeError(message)
+
+        monkeypatch.setattr(dispatch, "implementation", lambda op, device: kernel)
+
+    broken("Triton Error [CUDA]: invalid argument")
+    for _ in range(2):
+        assert torch.equal(ops.affine_linear(*arguments), expected)
+    said = [r.message for r in caplog.records if "quantkit::affine_linear" in r.message]
+    assert len(said) == 1
+    monkeypatch.setenv("QUANTKIT_KERNELS", "strict")
+    with pytest.raises(RuntimeError, match="invalid argument"):
+        ops.affine_linear(*arguments)
+    monkeypatch.delenv("QUANTKIT_KERNELS")
+    broken("a bug of ours")
+    with pytest.raises(RuntimeError, match="a bug of ours"):
+        ops.affine_linear(*arguments)
