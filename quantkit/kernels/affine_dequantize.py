@@ -1,7 +1,8 @@
 """W [N, K] from packed affine codes, dense (Triton): `(q - zero) * scale` in float32, rounded once.
 
 A program unpacks BN x BKB bytes and joins the parts of a byte again, so that a thread stores
-neighbouring columns. Rounding as in `quantkit.encoding.dequantize`: results are equal bit for bit.
+neighbouring columns. Its columns lie in one group where the group allows it. Rounding as in
+`quantkit.encoding.dequantize`: results are equal bit for bit.
 Any range of rows and of columns can be asked for, which is how large products dequantize a slice at
 a time into a buffer that stays in the L2 cache.
 """
@@ -42,7 +43,10 @@ def _value(
     zero = tl.load(zero_ptr + at).to(tl.float32)
     # 2**23 + q by its bits, exact like a conversion and four times as fast.
     q = (codes_part(c, h, j[None, :], r, BITS).to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True)
-    q = q - 8388608.0
+    if zero_ptr.dtype.element_ty.is_floating():
+        q = q - 8388608.0
+    else:
+        zero = zero + 8388608.0  # integers below 2**24: the difference is exact
     return ((q - zero) * scale).to(DTYPE)
 
 
@@ -67,26 +71,34 @@ def affine_dequantize_kernel(
     GROUP: tl.constexpr,
     ROW_SCALES: tl.constexpr,
     HAS_PERM: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """Rows row_start .. row_start + N and columns k_start .. k_start + K into out `[N, K]`.
 
-    Grid: (ceil(K / (BKB * PER)), ceil(N / BN)); `k_start` is a multiple of 128 (so that loads stay wide).
+    Grid: (ceil(K / (BKB * PER)), ceil(N / BN)); `k_start` is a multiple of 128. EVEN: tiles fit N and K, so
+    that there are no masks, which would make loads a byte wide.
     """
     PER: tl.constexpr = 4 if BITS == 3 else 8 // BITS
     BK: tl.constexpr = BKB * PER
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     j = tl.arange(0, BKB)
-    k_start = tl.multiple_of(k_start, 128)
+    k_start = k_start // 128 * 128  # which it is: so that the compiler knows
     k0 = k_start + tl.program_id(0) * BK
     end = k_start + K
-    rows = row_start + tl.minimum(n, N - 1)
+    rows = row_start + (n if EVEN else tl.minimum(n, N - 1))
     inside = k0 // PER + j[None, :] < (end + PER - 1) // PER
     at = codes_ptr + rows[:, None].to(tl.int64) * row_bytes
-    c = tl.load(at + k0 // PER + j[None, :], mask=inside, other=0)
+    if EVEN:
+        c = tl.load(at + k0 // PER + j[None, :])
+    else:
+        c = tl.load(at + k0 // PER + j[None, :], mask=inside, other=0)
     h = c
     if BITS == 3:
-        h = tl.load(at + high_offset + k0 // 8 + j[None, :] // 2, mask=inside, other=0)
+        if EVEN:
+            h = tl.load(at + high_offset + k0 // 8 + j[None, :] // 2)
+        else:
+            h = tl.load(at + high_offset + k0 // 8 + j[None, :] // 2, mask=inside, other=0)
 
     if PER == 1:
         w = _value(c, h, j, 0, k0, rows, scale_ptr, zero_ptr, groups, BITS, PER, GROUP, ROW_SCALES, DTYPE)
@@ -122,4 +134,8 @@ def affine_dequantize_kernel(
     mask = (n[:, None] < N) & (column[None, :] < K)
     if HAS_PERM:
         column = tl.load(perm_ptr + k_start + column, mask=column < K, other=0)
-    tl.store(out_ptr + n[:, None].to(tl.int64) * out_stride + column[None, :], w, mask=mask)
+    out_ptrs = out_ptr + n[:, None].to(tl.int64) * out_stride + column[None, :]
+    if EVEN:
+        tl.store(out_ptrs, w)
+    else:
+        tl.store(out_ptrs, w, mask=mask)

@@ -37,12 +37,14 @@ import triton
 import triton.language as tl
 
 from quantkit.kernels.affine_unpack import (
+    centred,
     code_offset,
     codes_part,
     dot_pieces,
     ones_like_codes,
     split_inputs,
     unpack,
+    unpack_top,
 )
 
 
@@ -104,7 +106,11 @@ def affine_gemm_kernel(
 
     jk = ks[:, None, None] * BKB + j[None, None, :]
     code_ptrs = codes_ptr + rows[None, :, None].to(tl.int64) * row_bytes + jk
-    if BITS == 3:
+    PLANES: tl.constexpr = BITS == 3 and ROW_SCALES and BKB >= 32
+    if PLANES:
+        jh = ks[:, None, None] * (BKB // 2) + tl.arange(0, BKB // 2)[None, None, :]
+        high_ptrs = codes_ptr + rows[None, :, None].to(tl.int64) * row_bytes + high_offset + jh
+    elif BITS == 3:
         high_ptrs = codes_ptr + rows[None, :, None].to(tl.int64) * row_bytes + high_offset + jk // 2
     if ONE_ROW:
         x_ptrs = x_ptr + ks[:, None] * BK + tl.arange(0, BK)[None, :]
@@ -131,6 +137,8 @@ def affine_gemm_kernel(
         if BITS == 3:
             if EVEN_K:
                 h = tl.load(high_ptrs + k // 8)
+            elif PLANES:
+                h = tl.load(high_ptrs + k // 8, mask=jh < (K - k + 7) // 8, other=0)
             else:
                 h = tl.load(high_ptrs + k // 8, mask=jk < (K - k + PER - 1) // PER, other=0)
         if ONE_ROW:
@@ -162,19 +170,29 @@ def affine_gemm_kernel(
             next_scale = tl.load(scale_ptr + group_ptr + g[:, None])
             next_zero = tl.load(zero_ptr + group_ptr + g[:, None])
             xs = split_inputs(x, PER)
-            ws = unpack(c, h, j[None, None, :], BITS, DOT, ASM)
+            ws = unpack(c, h, j[None, None, :], 2 if PLANES else BITS, DOT, ASM)
             ones = ones_like_codes(c, DOT, ASM)
             part = tl.zeros((KS, BN, BM), tl.float32)
             sums = tl.zeros((KS, BN, BM), tl.float32)
             for r in tl.static_range(PER):
                 w = ws[r]
                 if CENTRED:
-                    w = (w.to(tl.float32) - (code_offset(BITS, DOT, False) + (1 << (BITS - 1)))).to(DOT)
+                    w = centred(w, 2 if PLANES else BITS, DOT)
                 xr = tl.trans(xs[r], (0, 2, 1))
                 part = dot_pieces(w, xr, part, DOT)
                 # sum_k x, in the layout of `part`: the tensor cores idle here, adders do not.
                 sums = dot_pieces(ones, xr, sums, DOT)
             low = zero.to(tl.float32) + code_offset(BITS, DOT, CENTRED)
+            if PLANES:
+                xs8 = split_inputs(x, 8)
+                tops = unpack_top(h, DOT, ASM)
+                for r in tl.static_range(8):
+                    w = tops[r]
+                    if CENTRED:
+                        w = centred(w, 2, DOT)
+                    else:
+                        low += code_offset(2, DOT, False) if r == 0 else 0.0
+                    part = dot_pieces(w, tl.trans(xs8[r], (0, 2, 1)), part, DOT)
             acc += (part - sums * low[:, :, None]) * scale.to(tl.float32)[:, :, None]
             scale = next_scale
             zero = next_zero

@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quantkit.kernels.affine_unpack import code_offset, codes_part, dot_pieces, unpack
+from quantkit.kernels.affine_unpack import centred, code_offset, codes_part, dot_pieces, unpack, unpack_top
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -62,6 +62,7 @@ def split_inputs_kernel(
 @triton.jit(do_not_specialize=["M"])
 def affine_gemm_wide_kernel(
     parts_ptr,
+    eighths_ptr,
     sums_ptr,
     codes_ptr,
     scale_ptr,
@@ -99,7 +100,12 @@ def affine_gemm_wide_kernel(
     j = tl.arange(0, BKB)
     rows = n if EVEN_N else tl.minimum(n, N - 1)
     code_ptrs = codes_ptr + rows[:, None].to(tl.int64) * row_bytes + j[None, :]
-    if BITS == 3:
+    PLANES: tl.constexpr = BITS == 3 and ROW_SCALES and BKB >= 32
+    if PLANES:
+        jh = tl.arange(0, BKB // 2)
+        high_ptrs = codes_ptr + rows[:, None].to(tl.int64) * row_bytes + high_offset + jh[None, :]
+        x8_ptrs = eighths_ptr + tl.minimum(m, M - 1)[:, None].to(tl.int64) * (width // 2) + jh[None, :]
+    elif BITS == 3:
         high_ptrs = codes_ptr + rows[:, None].to(tl.int64) * row_bytes + high_offset + j[None, :] // 2
     # Rows beyond M read row M - 1 again: their products are never stored.
     x_ptrs = parts_ptr + tl.minimum(m, M - 1)[:, None].to(tl.int64) * width + j[None, :]
@@ -117,25 +123,42 @@ def affine_gemm_wide_kernel(
         else:
             c = tl.load(code_ptrs + k // PER, mask=j[None, :] < (K - k + PER - 1) // PER, other=0)
         h = c
-        if BITS == 3:
+        if PLANES:
+            if EVEN_K:
+                h = tl.load(high_ptrs + k // 8)
+            else:
+                h = tl.load(high_ptrs + k // 8, mask=jh[None, :] < (K - k + 7) // 8, other=0)
+        elif BITS == 3:
             h = tl.load(high_ptrs + k // 8, mask=j[None, :] < (K - k + PER - 1) // PER, other=0)
         if ROW_SCALES:
             # The next step's scales are asked for now: the pipeliner leaves loads this narrow alone.
             g = tl.minimum((k + BK * SPLIT) // GROUP, groups - 1) if GROUP > 0 else 0
             next_scale = tl.load(scale_ptr + group_ptr + g)
             next_zero = tl.load(zero_ptr + group_ptr + g)
-            ws = unpack(c, h, j[None, :], BITS, DOT, ASM)
+            ws = unpack(c, h, j[None, :], 2 if PLANES else BITS, DOT, ASM)
             part = tl.zeros((BN, BM), tl.float32)
             for r in tl.static_range(PER):
                 w = ws[r]
                 if CENTRED:
-                    w = (w.to(tl.float32) - (code_offset(BITS, DOT, False) + (1 << (BITS - 1)))).to(DOT)
+                    w = centred(w, 2 if PLANES else BITS, DOT)
                 x = tl.load(
                     x_ptrs + (r * M * width + k // PER), mask=j[None, :] < width - k // PER, other=0.0
                 )
                 part = dot_pieces(w, tl.trans(x), part, DOT)
             sums = tl.load(sums_ptr + (k // BK) * M + m, mask=m < M, other=0.0)
             low = zero.to(tl.float32) + code_offset(BITS, DOT, CENTRED)
+            if PLANES:
+                tops = unpack_top(h, DOT, ASM)
+                for r in tl.static_range(8):
+                    w = tops[r]
+                    if CENTRED:
+                        w = centred(w, 2, DOT)
+                    else:
+                        low += code_offset(2, DOT, False) if r == 0 else 0.0
+                    x = tl.load(
+                        x8_ptrs + (r * M * (width // 2) + k // 8), mask=jh[None, :] < (width - k // PER) // 2, other=0.0
+                    )
+                    part = dot_pieces(w, tl.trans(x), part, DOT)
             acc += (part - sums[None, :] * low[:, None]) * scale.to(tl.float32)[:, None]
             scale = next_scale
             zero = next_zero

@@ -146,8 +146,12 @@ def launch_gemm(
         arguments: tuple[Any, ...] = (inputs, *packed, *around, target, fusion.norm_eps, *shape, *strides)
         launch(affine_gemm_kernel, grid, arguments, options)
     else:
-        inputs, sums = launch_split_inputs(x, weight.perm, parts, config.inputs // parts)
-        arguments = (inputs, sums, *packed, target, *shape, inputs.shape[-1], n)
+        tile = config.inputs // parts
+        inputs, sums = launch_split_inputs(x, weight.perm, parts, tile)
+        eighths = inputs
+        if weight.bits == 3 and row_scales and tile >= 32:
+            eighths, _ = launch_split_inputs(x, weight.perm, 8, tile // 2)
+        arguments = (inputs, eighths, sums, *packed, target, *shape, inputs.shape[-1], n)
         launch(affine_gemm_wide_kernel, grid, arguments, options)
     if split > 1:
         _sum_splits(target, bias, out)
@@ -258,7 +262,10 @@ def launch_dequantize(
     Columns come in the model's order where the weight has a permutation and all of them are asked for.
     """
     group, tile = weight.group, 128
-    affine_dequantize_kernel[(triton.cdiv(columns[1], tile), triton.cdiv(rows[1], 32))](
+    while group and group % tile and tile > max(32, 16 * weight.parts):
+        tile //= 2
+    tall = 32 * 128 // tile
+    affine_dequantize_kernel[(triton.cdiv(columns[1], tile), triton.cdiv(rows[1], tall))](
         weight.codes,
         weight.scale,
         weight.zero,
@@ -273,11 +280,12 @@ def launch_dequantize(
         weight.scale.shape[1],
         out.stride(0),
         BITS=weight.bits,
-        BN=32,
+        BN=tall,
         BKB=tile // weight.parts,
         GROUP=group,
         ROW_SCALES=group == 0 or group % tile == 0,
         HAS_PERM=weight.perm is not None,
+        EVEN=rows[1] % tall == 0 and columns[1] % tile == 0,
         num_warps=4,
     )
     return out

@@ -20,6 +20,9 @@ in float32, so integer and float zeros cost the same and weights are exact in ev
 lose 128 / |q - zero|, about 30 times, in relative accuracy to cancellation: 3e-6 of a group's result,
 far under the rounding of the 16-bit inputs. float32 inputs take the centred form, OFFSET = -2**(bits-1).
 
+3 bits, where tiles allow it: the plane of low bits enters as 2-bit codes and the plane of top bits as 1-bit
+codes worth 4, each in dots of its own (`unpack_top`), so that neither plane waits for the other's layout.
+
 (Or-ing codes into the mantissa of a constant is from Kim et al. 2022, arXiv:2211.10017.)
 """
 
@@ -32,14 +35,17 @@ import triton
 import triton.language as tl
 
 
-def unpack_asm(bits: int, dtype: str) -> str:
-    """PTX for one register of 4 bytes ($last): 8 // bits parts of 4 codes, two codes per output register."""
+def unpack_asm(bits: int, dtype: str, lift: int = 0) -> str:
+    """PTX for one register of 4 bytes ($last): 8 // bits parts of 4 codes, two codes per output register.
+
+    Codes are multiplied by 2**lift.
+    """
     parts = 8 // bits
     code = f"${2 * parts}"
     if bits == 8 and dtype == "bf16":
         return _unpack_asm_bytes_bf16()
     constant = {"bf16": 0x43, "f16": 0x64 if bits == 8 else 0x58}[dtype]
-    up = 3 if dtype == "f16" and bits < 8 else 0  # where the last bit of the mantissa is worth 1/8
+    up = lift + (3 if dtype == "f16" and bits < 8 else 0)  # where the last bit of the mantissa is worth 1/8
     lines = [".reg .b32 s;"]
     for part in range(parts):
         shift = bits * part - up
@@ -83,6 +89,8 @@ _ASM_4_F16 = tl.constexpr(unpack_asm(4, "f16"))
 _ASM_4_BF16 = tl.constexpr(unpack_asm(4, "bf16"))
 _ASM_8_F16 = tl.constexpr(unpack_asm(8, "f16"))
 _ASM_8_BF16 = tl.constexpr(unpack_asm(8, "bf16"))
+_ASM_TOP_F16 = tl.constexpr(unpack_asm(1, "f16", lift=2))
+_ASM_TOP_BF16 = tl.constexpr(unpack_asm(1, "bf16", lift=2))
 _ONES_F16 = tl.constexpr("mov.b32 $0, 0x3c003c00; mov.b32 $1, 0x3c003c00;")
 _ONES_BF16 = tl.constexpr("mov.b32 $0, 0x3f803f80; mov.b32 $1, 0x3f803f80;")
 _CON_1 = tl.constexpr(_constraints(1))
@@ -101,6 +109,12 @@ def code_offset(bits, dtype, centred):
     if bits == 8:
         return 1024.0 if dtype == tl.float16 else -128.0
     return 128.0
+
+
+@triton.jit
+def centred(w, BITS: tl.constexpr, DOT: tl.constexpr):
+    """Unpacked weights less their OFFSET and half of the codes' range, exact in DOT."""
+    return (w.to(tl.float32) - (code_offset(BITS, DOT, False) + (1 << (BITS - 1)))).to(DOT)
 
 
 @triton.jit
@@ -176,6 +190,39 @@ def unpack(c, h, j, BITS: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
             weights_part(c, h, j, 1, BITS, DTYPE),
             weights_part(c, h, j, 2, BITS, DTYPE),
             weights_part(c, h, j, 3, BITS, DTYPE),
+        )
+
+
+@triton.jit
+def _top_part(h, r: tl.constexpr, DTYPE: tl.constexpr):
+    q = (h >> r) & 1
+    if DTYPE == tl.float32:
+        return q.to(tl.float32) * 4.0
+    elif DTYPE == tl.float16:
+        return ((q.to(tl.int16) << 5) | 0x5800).to(tl.float16, bitcast=True)
+    else:
+        return ((q.to(tl.int16) << 2) | 0x4300).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def unpack_top(h, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """The eight parts of the 3-bit layout's plane of top bits, worth 4 each, with unpack's OFFSET for 2 bits."""
+    if ASM and DTYPE == tl.float16:
+        types: tl.constexpr = (tl.float16,) * 8
+        return tl.inline_asm_elementwise(_ASM_TOP_F16, _CON_1, [h], types, is_pure=True, pack=4)
+    elif ASM:
+        types: tl.constexpr = (tl.bfloat16,) * 8
+        return tl.inline_asm_elementwise(_ASM_TOP_BF16, _CON_1, [h], types, is_pure=True, pack=4)
+    else:
+        return (
+            _top_part(h, 0, DTYPE),
+            _top_part(h, 1, DTYPE),
+            _top_part(h, 2, DTYPE),
+            _top_part(h, 3, DTYPE),
+            _top_part(h, 4, DTYPE),
+            _top_part(h, 5, DTYPE),
+            _top_part(h, 6, DTYPE),
+            _top_part(h, 7, DTYPE),
         )
 
 

@@ -159,9 +159,9 @@ def launch_dequantize(
 ) -> None:
     """Dense values into `out [rows, columns]`, from (`row`, `column`) of W on."""
     rows, columns = out.shape
-    inputs = 256
+    inputs, tall = 256, 8
     aligned = in_features % block_size == 0 and column % block_size == 0 and inputs % block_size == 0
-    codebook_dequantize_kernel[(triton.cdiv(columns, inputs), triton.cdiv(rows, 8))](
+    codebook_dequantize_kernel[(triton.cdiv(columns, inputs), triton.cdiv(rows, tall))](
         codes,
         scale,
         lut,
@@ -172,10 +172,11 @@ def launch_dequantize(
         column,
         in_features,
         out.stride(0),
-        BN=8,
+        BN=tall,
         BK=inputs,
         BLOCK=block_size,
         EVEN_K=in_features % 2 == 0 and column % 2 == 0,
         ROW_SCALES=aligned,
+        EVEN=in_features % 2 == 0 and column % 128 == 0 and rows % tall == 0 and columns % inputs == 0,
         num_warps=4,
     )

@@ -1,13 +1,11 @@
 """y = x @ W.T from four-bit codebook weights (NF4, FP4), for M = 1 .. 128 (Triton).
 
 The product is W @ x.T, as in `affine_gemm`: codes turn into table values in registers, which are the
-first operand of the tensor cores; the two nibbles of a byte meet the even and the odd inputs of x in two
-dots. A program owns BN rows of W. Its steps of K are cut into KS slices of BK inputs that run side by side
-as a batched dot (one or more per warp) and are added in a fixed order at the end.
+first operand of the tensor cores. A program owns BN rows of W. Its steps of K are cut into KS slices of BK
+inputs that run side by side as a batched dot (one or more per warp) and are added in a fixed order at the end.
 
-    one step:    codes [KS, BN, BK / 2] u8 --lookup--> table values   2 x [KS, BN, BK / 2]
-                 x     [KS, BM, BK]        --split---> even, odd      2 x [KS, BM, BK / 2]
-                 part  [KS, BN, BM] f32 = both dots
+    one step:    codes [KS, BN, BK / 2] u8 --lookup--> table values   [KS, BN, BK]
+                 part  [KS, BN, BM] f32 = table values @ x [KS, BM, BK] transposed
                  acc  += part * absmax[KS, BN]             BK divides the block and blocks divide K
 
 Where blocks straddle rows (K not a multiple of the block), each value is scaled before the dot; where K is
@@ -83,41 +81,34 @@ def codebook_gemm_kernel(
         x_k = ks[:, None, None] * BK + tl.arange(0, BK)[None, None, :]
         x_ptrs = x_ptr + m[None, :, None].to(tl.int64) * x_stride + x_k
         x_mask = m[None, :, None] < M
+    first = tl.program_id(1) * STEP
     fill_table(lut_ptr, THREADS, DOT, ASM)
 
     acc = tl.zeros((KS, BN, BM), tl.float32)
-    for k in tl.range(tl.program_id(1) * STEP, K, STEP * SPLIT, num_stages=STAGES):
+    if ROW_SCALES:
+        absmax = tl.load(scale_ptrs + tl.minimum((first + ks[:, None] * BK) // BLOCK, K // BLOCK - 1))
+    for k in tl.range(first, K, STEP * SPLIT, num_stages=STAGES):
         if ONE_ROW:
             x1 = tl.load(x_ptrs + k) if EVEN_K else tl.load(x_ptrs + k, mask=x_k < K - k, other=0.0)
-            # Split first and spread last: only one row goes through shared memory.
-            even, odd = tl.split(x1.to(DOT).reshape(KS, HALF, 2))
-            even = tl.broadcast_to(even[:, :, None], (KS, HALF, BM))
-            odd = tl.broadcast_to(odd[:, :, None], (KS, HALF, BM))
+            xt = tl.broadcast_to(x1.to(DOT)[:, :, None], (KS, BK, BM))
         else:
             x = tl.load(x_ptrs + k, mask=x_mask if EVEN_K else x_mask & (x_k < K - k), other=0.0)
-            even, odd = tl.split(x.to(DOT).reshape(KS, BM, HALF, 2))
-            even = tl.trans(even, (0, 2, 1))
-            odd = tl.trans(odd, (0, 2, 1))
+            xt = tl.trans(x.to(DOT), (0, 2, 1))
         if ROW_SCALES:
             if EVEN_K:
                 c = tl.load(code_ptrs + k // 2)
-                absmax = tl.load(scale_ptrs + (k + ks[:, None] * BK) // BLOCK)
             else:
                 c = tl.load(code_ptrs + k // 2, mask=2 * jk < K - k, other=0)
-                at = tl.minimum((k + ks[:, None] * BK) // BLOCK, K // BLOCK - 1)
-                absmax = tl.load(scale_ptrs + at)
-            first, second = lookup(c, lut_ptr, DOT, ASM)
-            part = tl.zeros((KS, BN, BM), tl.float32)
-            part = tl.dot(first, even, part, input_precision="ieee")
-            part = tl.dot(second, odd, part, input_precision="ieee")
+            # The next step's scales are asked for now: the pipeliner leaves loads this narrow alone.
+            at = tl.minimum((k + STEP * SPLIT + ks[:, None] * BK) // BLOCK, K // BLOCK - 1)
+            next_absmax = tl.load(scale_ptrs + at)
+            part = tl.dot(lookup(c, lut_ptr, DOT, ASM), xt, input_precision="ieee")
             acc += part * absmax.to(tl.float32)[:, :, None]
+            absmax = next_absmax
         else:
-            first = _scaled(codes_ptr, scale_ptr, lut_ptr, rows[None, :, None], k + 2 * jk, K, BLOCK, DOT)
-            second = _scaled(
-                codes_ptr, scale_ptr, lut_ptr, rows[None, :, None], k + 2 * jk + 1, K, BLOCK, DOT
-            )
-            acc = tl.dot(first, even, acc, input_precision="ieee")
-            acc = tl.dot(second, odd, acc, input_precision="ieee")
+            kk = ks[:, None, None] * BK + tl.arange(0, BK)[None, None, :]
+            w = _scaled(codes_ptr, scale_ptr, lut_ptr, rows[None, :, None], k + kk, K, BLOCK, DOT)
+            acc = tl.dot(w, xt, acc, input_precision="ieee")
 
     _store(tl.sum(acc, 0), n, m, rows, out_ptr, bias_ptr, M, N, out_stride, SPLIT, HAS_BIAS)
 
@@ -149,7 +140,7 @@ def codebook_gemm_wide_kernel(
     ASM: tl.constexpr,
     THREADS: tl.constexpr,
 ):
-    """Grid: (ceil(N / BN), SPLIT, ceil(M / BM)). See the module's docstring."""
+    """Grid: (ceil(N / BN), SPLIT, ceil(M / BM))."""
     HALF: tl.constexpr = BK // 2
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(2) * BM + tl.arange(0, BM)
@@ -157,34 +148,31 @@ def codebook_gemm_wide_kernel(
     j = tl.arange(0, HALF)[None, :]
     code_ptrs = codes_ptr + rows[:, None].to(tl.int64) * (K // 2) + j
     scale_ptrs = scale_ptr + rows.to(tl.int64) * (K // BLOCK)
-    x_k = tl.arange(0, BK)[None, :]
-    x_ptrs = x_ptr + m[:, None].to(tl.int64) * x_stride + x_k
-    x_mask = m[:, None] < M
+    # Rows beyond M read row M - 1 again: their products are never stored.
+    kk = tl.arange(0, BK)[None, :]
+    x_ptrs = x_ptr + tl.minimum(m, M - 1)[:, None].to(tl.int64) * x_stride + kk
+    first = tl.program_id(1) * BK
     fill_table(lut_ptr, THREADS, DOT, ASM)
 
     acc = tl.zeros((BN, BM), tl.float32)
-    for k in tl.range(tl.program_id(1) * BK, K, BK * SPLIT, num_stages=STAGES):
-        x = tl.load(x_ptrs + k, mask=x_mask if EVEN_K else x_mask & (x_k < K - k), other=0.0)
-        even, odd = tl.split(x.reshape(BM, HALF, 2))
-        even = tl.trans(even).to(DOT)
-        odd = tl.trans(odd).to(DOT)
+    if ROW_SCALES:
+        absmax = tl.load(scale_ptrs + tl.minimum(first, K - 1) // BLOCK)
+    for k in tl.range(first, K, BK * SPLIT, num_stages=STAGES):
+        x = tl.load(x_ptrs + k) if EVEN_K else tl.load(x_ptrs + k, mask=kk < K - k, other=0.0)
+        xt = tl.trans(x).to(DOT)
         if ROW_SCALES:
-            c = (
-                tl.load(code_ptrs + k // 2)
-                if EVEN_K
-                else tl.load(code_ptrs + k // 2, mask=2 * j < K - k, other=0)
-            )
-            absmax = tl.load(scale_ptrs + k // BLOCK).to(tl.float32)
-            first, second = lookup(c, lut_ptr, DOT, ASM)
-            part = tl.zeros((BN, BM), tl.float32)
-            part = tl.dot(first, even, part, input_precision="ieee")
-            part = tl.dot(second, odd, part, input_precision="ieee")
-            acc += part * absmax[:, None]
+            if EVEN_K:
+                c = tl.load(code_ptrs + k // 2)
+            else:
+                c = tl.load(code_ptrs + k // 2, mask=2 * j < K - k, other=0)
+            # The next step's scales are asked for now: the pipeliner leaves loads this narrow alone.
+            next_absmax = tl.load(scale_ptrs + tl.minimum(k + BK * SPLIT, K - 1) // BLOCK)
+            part = tl.dot(lookup(c, lut_ptr, DOT, ASM), xt, input_precision="ieee")
+            acc += part * absmax.to(tl.float32)[:, None]
+            absmax = next_absmax
         else:
-            first = _scaled(codes_ptr, scale_ptr, lut_ptr, rows[:, None], k + 2 * j, K, BLOCK, DOT)
-            second = _scaled(codes_ptr, scale_ptr, lut_ptr, rows[:, None], k + 2 * j + 1, K, BLOCK, DOT)
-            acc = tl.dot(first, even, acc, input_precision="ieee")
-            acc = tl.dot(second, odd, acc, input_precision="ieee")
+            w = _scaled(codes_ptr, scale_ptr, lut_ptr, rows[:, None], k + kk, K, BLOCK, DOT)
+            acc = tl.dot(w, xt, acc, input_precision="ieee")
 
     _store(acc, n, m, rows, out_ptr, bias_ptr, M, N, out_stride, SPLIT, HAS_BIAS)
 

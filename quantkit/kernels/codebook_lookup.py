@@ -1,7 +1,8 @@
 """Four-bit codes to table values in registers (Triton): NF4, FP4 or any table of sixteen numbers.
 
 A tile of bytes `c` holds two codes per byte, the first in the high nibble, so byte j serves the inputs
-2j (high) and 2j + 1 (low). The two parts are never interleaved: each meets its own half of x in a dot.
+2j (high) and 2j + 1 (low): one byte is the pair of neighbouring weights that a matrix instruction takes in one
+register.
 
 Portable: one load per code from the table, which sits in the L1 cache.
 
@@ -11,10 +12,9 @@ of 32 random entries would meet in the same banks; so each lane has a copy of th
 
     entry of byte b for lane l at word 32 b + l                 32 KB, no conflicts
     per byte       prmt (byte out of the word), imad (address), lds
-    per two bytes  2 prmt (both high nibbles together, both low nibbles together)
 
-16 instructions for 8 weights. (Looking up bytes of the halves with `prmt` alone takes 21, all on the integer
-pipe.)
+12 instructions for 8 weights, of which 4 on the integer pipe. (Looking up bytes of the halves with `prmt` alone
+takes 21, all on the integer pipe; the two nibbles as two operands, each with its own half of x, 16.)
 """
 
 # mypy: ignore-errors
@@ -48,28 +48,15 @@ def _fill_asm(dtype: str) -> str:
     return ".shared .align 16 .b32 quantkit_pairs[8192]; { " + " ".join(lines) + " }"
 
 
-def _lookup_asm() -> str:
-    """PTX for the 4 bytes in $4: $0, $1 = high nibbles of bytes (0, 1), (2, 3); $2, $3 = low nibbles."""
-    lines = [
-        ".reg .b32 base, a, u0, u1, u2, u3;",
-        "mov.u32 base, quantkit_pairs; mov.u32 a, %laneid; mad.lo.u32 base, a, 4, base;",
-    ]
-    for i in range(4):
-        lines += [
-            f"prmt.b32 a, $4, 0, 0x444{i};",
-            "mad.lo.u32 a, a, 128, base;",
-            f"ld.shared.b32 u{i}, [a];",
-        ]
-    for half in (0, 1):
-        pair = f"u{2 * half}, u{2 * half + 1}"
-        lines += [f"prmt.b32 ${half}, {pair}, 0x5410;", f"prmt.b32 ${2 + half}, {pair}, 0x7632;"]
-    return "{ " + " ".join(lines) + " }"
+#: PTX for the byte in $2: $0 = the high nibble's value, $1 = the low nibble's.
+_LOOKUP = tl.constexpr(
+    "{ .reg .b32 at, byte, pair; mov.u32 at, %laneid; mov.u32 byte, quantkit_pairs; mad.lo.u32 at, at, 4, byte;"
+    " cvt.u32.u16 byte, $2; mad.lo.u32 at, byte, 128, at; ld.shared.b32 pair, [at]; mov.b32 {$0, $1}, pair; }"
+)
 
 
 _FILL_F16 = tl.constexpr(_fill_asm("f16"))
 _FILL_BF16 = tl.constexpr(_fill_asm("bf16"))
-_LOOKUP = tl.constexpr(_lookup_asm())
-_LOOKUP_CONSTRAINTS = tl.constexpr(",".join(["=r"] * 4 + ["r"]))
 #: Shared memory that the table takes besides what Triton's metadata says.
 TABLE_BYTES = 32768
 
@@ -87,17 +74,19 @@ def fill_table(lut_ptr, THREADS: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.cons
 
 @triton.jit
 def lookup(c, lut_ptr, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """Table values of both nibbles of the bytes `c`: (high nibbles, low nibbles), in DTYPE."""
+    """Table values of the bytes `c [..., J]` in DTYPE: `[..., 2 J]`, in the order of the inputs."""
     if ASM:
         if tl.float16 == DTYPE:
             types: tl.constexpr = (tl.float16, tl.float16)
         else:
             types: tl.constexpr = (tl.bfloat16, tl.bfloat16)
-        return tl.inline_asm_elementwise(_LOOKUP, _LOOKUP_CONSTRAINTS, [c], types, is_pure=True, pack=4)
+        first, second = tl.inline_asm_elementwise(
+            _LOOKUP, "=h,=h,h", [c.to(tl.uint16)], types, is_pure=True, pack=1
+        )
     else:
         first = tl.load(lut_ptr + (c >> 4).to(tl.int32)).to(tl.float32).to(DTYPE)
         second = tl.load(lut_ptr + (c & 15).to(tl.int32)).to(tl.float32).to(DTYPE)
-        return first, second
+    return tl.join(first, second).reshape(c.shape[:-1] + [2 * c.shape[-1]])
 
 
 @triton.jit

@@ -289,7 +289,8 @@ def launch_dequantize(
 ) -> None:
     """Dense values into `out [rows, columns]`, from (`row`, `column`) of W on."""
     rows, columns = out.shape
-    float8_dequantize_kernel[(triton.cdiv(columns, 256), triton.cdiv(rows, 16))](
+    inputs, tall = 128, 32
+    float8_dequantize_kernel[(triton.cdiv(columns, inputs), triton.cdiv(rows, tall))](
         codes,
         scale,
         out,
@@ -301,8 +302,9 @@ def launch_dequantize(
         block_n,
         scale.stride(0),
         out.stride(0),
-        BN=16,
-        BK=256,
+        BN=tall,
+        BK=inputs,
         BLOCK_K=0 if block_k >= codes.shape[1] else block_k,
+        EVEN=column % 128 == 0 and rows % tall == 0 and columns % inputs == 0,
         num_warps=4,
     )

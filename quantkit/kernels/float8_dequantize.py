@@ -26,25 +26,38 @@ def float8_dequantize_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """Rows row_start .. + rows, columns k_start .. + columns into out `[rows, columns]`.
 
-    Grid: (ceil(columns / BK), ceil(rows / BN)). BLOCK_K: inputs per scale, 0 for all of them.
+    Grid: (ceil(columns / BK), ceil(rows / BN)). BLOCK_K: inputs per scale, 0 for all of them. EVEN: tiles fit rows
+    and columns, so that there are no masks, which would make loads a byte wide; `k_start` is a multiple of 128.
     """
     n = tl.program_id(1) * BN + tl.arange(0, BN)
-    k = tl.program_id(0) * BK + tl.arange(0, BK)
-    row = row_start + tl.minimum(n, rows - 1)
+    start = tl.program_id(0) * BK
+    k = start + tl.arange(0, BK)
     inside = k[None, :] < columns
-    c = tl.load(codes_ptr + row[:, None].to(tl.int64) * K + k_start + k[None, :], mask=inside, other=0)
+    if EVEN:
+        k_start = k_start // 128 * 128  # which it is: so that the compiler knows
+        row = row_start + n
+        c = tl.load(codes_ptr + row[:, None].to(tl.int64) * K + k_start + k[None, :])
+    else:
+        row = row_start + tl.minimum(n, rows - 1)
+        c = tl.load(codes_ptr + row[:, None].to(tl.int64) * K + k_start + k[None, :], mask=inside, other=0)
     wide = c.to(tl.int16)
     half = (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True)
     value = half.to(tl.float32) * 256.0
     value = tl.where((wide & 0x7F) == 0x7F, float("nan"), value)
     scale_ptrs = scale_ptr + (row // block_n)[:, None].to(tl.int64) * scale_stride
-    if BLOCK_K > 0:
+    if BLOCK_K > 0 and EVEN and BLOCK_K % BK == 0:
+        scale = tl.load(scale_ptrs + (k_start + start) // BLOCK_K)
+    elif BLOCK_K > 0:
         scale = tl.load(scale_ptrs + ((k_start + k) // BLOCK_K)[None, :], mask=inside, other=0.0)
     else:
         scale = tl.load(scale_ptrs)
     dense = value * scale.to(tl.float32)
     out_ptrs = out_ptr + n[:, None].to(tl.int64) * out_stride + k[None, :]
-    tl.store(out_ptrs, dense.to(out_ptr.dtype.element_ty), mask=(n[:, None] < rows) & inside)
+    if EVEN:
+        tl.store(out_ptrs, dense.to(out_ptr.dtype.element_ty))
+    else:
+        tl.store(out_ptrs, dense.to(out_ptr.dtype.element_ty), mask=(n[:, None] < rows) & inside)
