@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quantkit.kernels.affine_unpack import codes_part
+from quantkit.kernels.affine_unpack import codes_part, less_zero
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -44,9 +44,13 @@ def affine_backward_kernel(
     GROUP: tl.constexpr,
     ROW_SCALES: tl.constexpr,
     HAS_PERM: tl.constexpr,
+    EVEN: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Grid: (ceil(K / BK), SPLIT, ceil(M / BM)). See the module's docstring."""
+    """Grid: (ceil(K / BK), SPLIT, ceil(M / BM)). See the module's docstring.
+
+    EVEN: tiles fit N and K, so that codes are read without masks, which would make loads a byte wide.
+    """
     PER: tl.constexpr = 4 if BITS == 3 else 8 // BITS
     BK: tl.constexpr = BKB * PER
     m = tl.program_id(2) * BM + tl.arange(0, BM)
@@ -75,28 +79,39 @@ def affine_backward_kernel(
     for start in tl.range(first, N, BN * SPLIT, num_stages=STAGES):
         rows = start - first + n
         valid = rows < N
-        c = tl.load(code_ptrs, mask=valid[:, None] & inside, other=0)
+        if EVEN:
+            c = tl.load(code_ptrs)
+        else:
+            c = tl.load(code_ptrs, mask=valid[:, None] & inside, other=0)
         h = c
         if BITS == 3:
-            h = tl.load(high_ptrs, mask=valid[:, None] & inside, other=0)
-        dy = tl.load(grad_ptrs + (start - first), mask=(m[:, None] < M) & valid[None, :], other=0.0)
+            if EVEN:
+                h = tl.load(high_ptrs)
+            else:
+                h = tl.load(high_ptrs, mask=valid[:, None] & inside, other=0)
+        if EVEN:
+            dy = tl.load(grad_ptrs + (start - first), mask=m[:, None] < M, other=0.0)
+        else:
+            dy = tl.load(grad_ptrs + (start - first), mask=(m[:, None] < M) & valid[None, :], other=0.0)
         if ROW_SCALES:
-            scale = tl.load(scale_ptr + rows * groups + g, mask=valid, other=0.0).to(tl.float32)
-            zero = tl.load(zero_ptr + rows * groups + g, mask=valid, other=0.0).to(tl.float32)
+            if EVEN:
+                scale = tl.load(scale_ptr + rows * groups + g).to(tl.float32)
+                zero = tl.load(zero_ptr + rows * groups + g)
+            else:
+                scale = tl.load(scale_ptr + rows * groups + g, mask=valid, other=0.0).to(tl.float32)
+                zero = tl.load(zero_ptr + rows * groups + g, mask=valid, other=0.0)
             dy = (dy.to(tl.float32) * scale[None, :]).to(DOT)
         else:
             dy = dy.to(DOT)
         for r in tl.static_range(PER):
             if ROW_SCALES:
-                q = codes_part(c, h, j[None, :], r, BITS).to(tl.float32)
-                w = (q - zero[:, None]).to(DOT)
+                w = less_zero(codes_part(c, h, j[None, :], r, BITS), zero[:, None]).to(DOT)
             else:
                 ge = (k0 + j * PER + r) // GROUP
                 at = rows[:, None] * groups + tl.minimum(ge, groups - 1)[None, :]
                 scale_e = tl.load(scale_ptr + at, mask=valid[:, None], other=0.0).to(tl.float32)
-                zero_e = tl.load(zero_ptr + at, mask=valid[:, None], other=0.0).to(tl.float32)
-                q = codes_part(c, h, j[None, :], r, BITS).to(tl.float32)
-                w = ((q - zero_e) * scale_e).to(DOT)
+                zero_e = tl.load(zero_ptr + at, mask=valid[:, None], other=0.0)
+                w = (less_zero(codes_part(c, h, j[None, :], r, BITS), zero_e) * scale_e).to(DOT)
             if r == 0:
                 a0 = tl.dot(dy, w, a0, input_precision="ieee")
             elif r == 1:

@@ -156,7 +156,9 @@ def affine_gemm_wide_kernel(
                     else:
                         low += code_offset(2, DOT, False) if r == 0 else 0.0
                     x = tl.load(
-                        x8_ptrs + (r * M * (width // 2) + k // 8), mask=jh[None, :] < (width - k // PER) // 2, other=0.0
+                        x8_ptrs + (r * M * (width // 2) + k // 8),
+                        mask=jh[None, :] < (width - k // PER) // 2,
+                        other=0.0,
                     )
                     part = dot_pieces(w, tl.trans(x), part, DOT)
             acc += (part - sums[None, :] * low[:, None]) * scale.to(tl.float32)[:, None]

@@ -154,7 +154,7 @@ def launch_gemm(
         arguments = (inputs, eighths, sums, *packed, target, *shape, inputs.shape[-1], n)
         launch(affine_gemm_wide_kernel, grid, arguments, options)
     if split > 1:
-        _sum_splits(target, bias, out)
+        sum_splits(target, bias, out)
     return out
 
 
@@ -187,7 +187,7 @@ def launch_split_inputs(x: Tensor, perm: Tensor | None, parts: int, tile: int) -
     return out, sums
 
 
-def _sum_splits(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
+def sum_splits(parts: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     """out `[M, N]` = the float32 `parts [S, M, N]` added in order, plus bias: the same bits on every run."""
     block = 256
     sum_splits_kernel[(triton.cdiv(out.numel(), block),)](
@@ -201,6 +201,7 @@ def _sum_splits(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
         HAS_BIAS=bias is not None,
         num_warps=2,
     )
+    return out
 
 
 def launch_backward(
@@ -244,13 +245,14 @@ def launch_backward(
         "GROUP": group,
         "ROW_SCALES": row_scales,
         "HAS_PERM": weight.perm is not None,
+        "EVEN": n % config.outputs == 0 and k % columns == 0,
         "DOT": _DOT[grad.dtype],
         "num_warps": config.warps,
     }
     grid = (triton.cdiv(k, columns), split, triton.cdiv(m, config.rows))
     launch(affine_backward_kernel, grid, arguments, options)
     if split > 1:
-        _sum_splits(target, None, out)
+        sum_splits(target, None, out)
     return out
 
 

@@ -1,7 +1,9 @@
 """Triton backend of the codebook ops (NF4, FP4): chooses a kernel by M and launches it.
 
     M <= codebook_tuning.FUSED_ROWS     `codebook_gemm_kernel` / `codebook_gemm_wide_kernel`
-    larger, and dx = dy @ W             slices of W dequantized into L2, multiplied by the vendor's BLAS
+    larger                              slices of W dequantized, multiplied by the vendor's BLAS
+
+and the same two routes for dx = dy @ W (`codebook_backward_kernel`).
 
 The functions have the ops' names and arguments (`quantkit.kernels.ops`); `NotImplemented` hands the
 call back to the reference. Nothing waits for the device or keeps state, so CUDA graphs capture it.
@@ -15,12 +17,14 @@ import torch
 import triton
 from torch import Tensor
 
-from quantkit.kernels import codebook_tuning, sliced
-from quantkit.kernels.affine_gemm import sum_splits_kernel
+from quantkit.kernels import codebook_tuning, sliced, tuning
+from quantkit.kernels.affine_launch import sum_splits
+from quantkit.kernels.codebook_backward import codebook_backward_kernel
 from quantkit.kernels.codebook_dequantize import codebook_dequantize_kernel
 from quantkit.kernels.codebook_gemm import codebook_gemm_kernel, codebook_gemm_wide_kernel
 from quantkit.kernels.codebook_tuning import Config
 from quantkit.kernels.launch import DOT_TYPES, device_of, large_shared_memory
+from quantkit.kernels.tuning import BackwardConfig
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -106,10 +110,7 @@ def launch_gemm(
     else:
         codebook_gemm_wide_kernel[grid](*arguments, **options)
     if split > 1:
-        bias_or_any = bias if bias is not None else x
-        sum_splits_kernel[(triton.cdiv(m * n, 256),)](
-            target, bias_or_any, out, n, m * n, SPLIT=split, BLOCK=256, HAS_BIAS=bias is not None, num_warps=2
-        )
+        sum_splits(target, bias, out)
     return out
 
 
@@ -120,12 +121,63 @@ def codebook_linear_backward(
     if grad.dtype not in _FLOATS or grad.numel() == 0 or in_features == 0:
         return NotImplemented
 
-    def fill(out: Tensor, row: int, column: int) -> None:
-        launch_dequantize(codes, scale, lut, in_features, block_size, out, row, column)
-
+    n, k = grad.shape[-1], in_features
+    rows = grad.reshape(-1, n)
+    config = tuning.backward_config(rows.shape[0], n, k, 4)
+    fused = rows.shape[0] <= tuning.FUSED_BACKWARD_ROWS and grad.dtype != torch.float32
     with device_of(grad):
-        dx = sliced.backward(grad.reshape(-1, grad.shape[-1]), in_features, fill)
+        if fused and k % block_size == 0 and block_size % 32 == 0:
+            dx = launch_backward(rows, codes, scale, lut, k, block_size, config)
+        else:
+
+            def fill(out: Tensor, row: int, column: int) -> None:
+                launch_dequantize(codes, scale, lut, in_features, block_size, out, row, column)
+
+            dx = sliced.backward(rows, in_features, fill)
     return dx.view(*grad.shape[:-1], in_features)
+
+
+def launch_backward(
+    grad: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    lut: Tensor,
+    in_features: int,
+    block_size: int,
+    config: BackwardConfig,
+) -> Tensor:
+    """The fused product of `grad [M, N]` with the packed weight: `[M, K]`. Blocks divide K, 32 divides blocks."""
+    if grad.stride(-1) != 1:
+        grad = grad.contiguous()
+    (m, n), k = grad.shape, in_features
+    columns = min(config.columns, block_size)
+    while block_size % columns:
+        columns //= 2
+    split = min(config.split, triton.cdiv(n, config.outputs))
+    out = grad.new_empty((m, k))
+    target = grad.new_empty((split, m, k), dtype=torch.float32) if split > 1 else out
+    grid = (k // columns, split, triton.cdiv(m, config.rows))
+    codebook_backward_kernel[grid](
+        grad,
+        codes,
+        scale,
+        lut,
+        target,
+        m,
+        n,
+        k,
+        grad.stride(0),
+        k,
+        BM=config.rows,
+        BN=config.outputs,
+        BK=columns,
+        SPLIT=split,
+        BLOCK=block_size,
+        EVEN=n % config.outputs == 0,
+        DOT=DOT_TYPES[grad.dtype],
+        num_warps=config.warps,
+    )
+    return sum_splits(target, None, out) if split > 1 else out
 
 
 def dequantize_codebook(

@@ -6,7 +6,8 @@
         larger, sm_89+, gfx942   `float8_native`: both operands on the fp8 matrix unit
         larger, other chips      q(x) times its scale, then as weights only
 
-dx = dy @ W dequantizes slices of W and calls BLAS. The functions have the ops' names and arguments
+dx = dy @ W is one fused product up to `tuning.FUSED_BACKWARD_ROWS` rows (`float8_backward`), then slices of W
+dequantized and BLAS. The functions have the ops' names and arguments
 (`quantkit.kernels.ops`); `NotImplemented` hands the call back to the reference.
 """
 
@@ -18,9 +19,10 @@ import torch
 import triton
 from torch import Tensor
 
-from quantkit.kernels import float8_tuning, sliced
-from quantkit.kernels.affine_gemm import sum_splits_kernel
+from quantkit.kernels import float8_tuning, sliced, tuning
+from quantkit.kernels.affine_launch import sum_splits
 from quantkit.kernels.float8_activation import round_rows_kernel
+from quantkit.kernels.float8_backward import float8_backward_kernel
 from quantkit.kernels.float8_dequantize import float8_dequantize_kernel
 from quantkit.kernels.float8_gemm import float8_gemm_kernel, float8_gemm_wide_kernel
 from quantkit.kernels.float8_native import float8_native_kernel
@@ -210,10 +212,7 @@ def launch_gemm(
     else:
         float8_gemm_wide_kernel[grid](*arguments, **options)
     if split > 1:
-        bias_or_any = bias if bias is not None else x
-        sum_splits_kernel[(triton.cdiv(m * n, 256),)](
-            target, bias_or_any, out, n, m * n, SPLIT=split, BLOCK=256, HAS_BIAS=bias is not None, num_warps=2
-        )
+        sum_splits(target, bias, out)
     return out
 
 
@@ -265,12 +264,67 @@ def float8_linear_backward(grad: Tensor, codes: Tensor, scale: Tensor, block_n: 
     if grad.dtype not in _FLOATS or grad.numel() == 0 or k == 0:
         return NotImplemented
 
-    def fill(out: Tensor, row: int, column: int) -> None:
-        launch_dequantize(codes, scale, block_n, block_k, out, row, column)
-
+    rows = grad.reshape(-1, n)
+    config = tuning.backward_config(rows.shape[0], n, k, 8)
+    fused = rows.shape[0] <= tuning.FUSED_BACKWARD_ROWS and grad.dtype != torch.float32
     with device_of(grad):
-        dx = sliced.backward(grad.reshape(-1, n), k, fill)
+        if fused and (block_k >= k or block_k % 32 == 0):
+            dx = launch_backward(rows, codes, scale, block_n, block_k, config)
+        else:
+
+            def fill(out: Tensor, row: int, column: int) -> None:
+                launch_dequantize(codes, scale, block_n, block_k, out, row, column)
+
+            dx = sliced.backward(rows, k, fill)
     return dx.view(*grad.shape[:-1], k)
+
+
+def launch_backward(
+    grad: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    block_n: int,
+    block_k: int,
+    config: tuning.BackwardConfig,
+    asm: bool | None = None,
+) -> Tensor:
+    """The fused product of `grad [M, N]` with the packed weight: `[M, K]`. Tiles span multiples of 32 inputs."""
+    if grad.stride(-1) != 1:
+        grad = grad.contiguous()
+    (m, n), k = grad.shape, codes.shape[1]
+    whole = block_k >= k
+    columns = config.columns
+    while not whole and block_k % columns:
+        columns //= 2
+    split = min(config.split, triton.cdiv(n, config.outputs))
+    out = grad.new_empty((m, k))
+    target = grad.new_empty((split, m, k), dtype=torch.float32) if split > 1 else out
+    grid = (triton.cdiv(k, columns), split, triton.cdiv(m, config.rows))
+    float8_backward_kernel[grid](
+        grad,
+        codes,
+        scale,
+        target,
+        m,
+        n,
+        k,
+        block_n,
+        scale.stride(0),
+        grad.stride(0),
+        k,
+        BM=config.rows,
+        BN=config.outputs,
+        BK=columns,
+        SPLIT=split,
+        STAGES=config.stages,
+        BLOCK_K=0 if whole else block_k,
+        EVEN=n % config.outputs == 0 and k % columns == 0,
+        DOT=DOT_TYPES[grad.dtype],
+        ASM=has_ptx() if asm is None else asm,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    return sum_splits(target, None, out) if split > 1 else out
 
 
 def dequantize_float8(codes: Tensor, scale: Tensor, block_n: int, block_k: int, dtype: torch.dtype) -> Tensor:

@@ -51,6 +51,8 @@ SLICE_BYTES = 128 << 20
 #: From BACKWARD_SLICED_ROWS on, dx is computed in at least this many slices: a third of the extra memory at
 #: about the same speed. With fewer rows the slices' own launches would cost more than the product.
 BACKWARD_SLICES = 3
+#: Rows and columns of the tiles in which the vendor's BLAS makes large products (sm_90).
+BLAS_TILE = (128, 256)
 BACKWARD_SLICED_ROWS = 2048
 
 
