@@ -42,7 +42,7 @@ CHAT_TEMPLATES = "additional_chat_templates"
 
 #: Written anew for the output, or describing weights that the output does not have.
 _NOT_CARRIED = {"config.json", "quantize_config.json", "quant_config.json", "quant_log.csv"}
-_NOT_CARRIED |= {"recipe.yaml", "readme.md", MANIFEST, EXPORT_MANIFEST}
+_NOT_CARRIED |= {"recipe.yaml", "readme.md", MANIFEST, EXPORT_MANIFEST, "genai_config.json"}
 _WEIGHTS = {
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf"),
     *(".ggml", ".ot", ".pkl", ".pickle", ".npz", ".npy", ".tflite", ".mlmodel", ".pdparams", ".pt2", ".ptl"),

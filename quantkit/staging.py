@@ -52,7 +52,8 @@ def write_durably(path: Path, data: bytes) -> None:
 def copy_durably(source: BinaryIO, path: Path) -> None:
     """The same with the content of an open file, a piece at a time."""
     temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
+    temporary.unlink(missing_ok=True)
+    with temporary.open("xb") as file:  # never through a link that somebody put there
         shutil.copyfileobj(source, file, 1 << 20)
         file.flush()
         os.fsync(file.fileno())
