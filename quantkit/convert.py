@@ -79,8 +79,8 @@ def convert(
     dry_run: only plan, from headers; returns a PlanReport.
     resume: go on where an interrupted run of the same work stopped; the result is byte-equal.
     overwrite: replace an existing checkpoint, atomically.
-    max_error: relative error of a layer's weight above which it is warned about; None is twice what the
-        encoding costs normally distributed weights.
+    max_error: relative error of a layer's weight above which it is warned about; None is 2.5 times what
+        the encoding costs normally distributed weights.
     strict: refuse every deviation and every layer above `max_error`.
 
     Returns a ConvertResult. Raises a QuantkitError in one line for everything that a user can mend; the

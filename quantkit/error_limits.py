@@ -1,13 +1,14 @@
 """When a layer's weight error is worth a warning: the limit, and an error that outliers cannot hide.
 
 Rounding a normally distributed weight costs an error that only depends on the encoding. A layer that loses
-more than twice that has weights that the encoding does not suit (outliers, heavy tails, a group far too large),
+more than two and a half times that (calibrated codes cost up to 1.7 times) has weights that the encoding does not suit (outliers, heavy tails, a group far too large),
 or is damaged. `convert` notes such layers; with `strict` it refuses them.
 """
 
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from quantkit.encoding import Affine, Codebook, Encoding, Float8
 
 #: Relative error of rounding normal weights to NF4 in blocks of 64, and to e4m3 with a scale per tile.
 _NF4_ERROR, _E4M3_ERROR = 0.095, 0.027
-_TIMES = 2.0
+_TIMES = 2.5
 _SAMPLE = 1 << 20
 _FAR = 1e3  # medians from zero beyond which a weight is an outlier, whatever the distribution
 
@@ -35,10 +36,11 @@ def default_limit(encoding: Encoding, columns: int) -> float:
 
 def affine_error(encoding: Affine, columns: int) -> float:
     """Relative error of normal weights on a grid that spans +- the largest of each group: the largest of n
-    normal values is about sqrt(2 ln 2n), and rounding to steps of s errs by s / sqrt(12)."""
-    size = encoding.group_size if 0 < encoding.group_size < columns else columns
-    step = 2 * math.sqrt(2 * math.log(2 * max(size, 2))) / (2**encoding.bits - 1)
-    return step / math.sqrt(12)
+    magnitudes is below x with probability P(|w| < x)^n, here at its median, and rounding to steps of s errs by
+    s / sqrt(12)."""
+    size = min(encoding.group_size, columns)
+    largest = NormalDist().inv_cdf((1 + 0.5 ** (1 / max(size, 2))) / 2)
+    return 2 * largest / (2**encoding.bits - 1) / math.sqrt(12)
 
 
 def typical_error(weight: Tensor, delta: Tensor) -> float | None:

@@ -1,7 +1,8 @@
 """`quantkit.verify`: is a checkpoint what it claims to be?
 
 1. every file has the hash that quantkit_manifest.json gives, that file included, and none is there besides;
-2. headers, config.json and every quantized layer are sound, and decode to finite weights;
+2. headers, config.json and every quantized layer are sound, and decode to finite weights; no other tensor is
+   missing, of another shape, or not finite;
 3. with the source at hand: every layer's error is recomputed, and everything that is not quantized
    equals the source, one tensor at a time;
 4. the library that owns the format computes the same logits as quantkit, where it is installed.
@@ -118,6 +119,7 @@ def verify(
         try:
             if found:
                 _check_layers(reader, skeleton, found, source, _recorded(manifest), device, report, progress)
+            _check_dense(reader, skeleton, found, report, progress)
             if source is not None:
                 _check_rest(reader, skeleton, found, source, report)
         finally:
@@ -324,6 +326,29 @@ def fit_channels(weight: Tensor, scaled: Tensor, rounds: int = 4) -> Tensor:
             scale = (fitted * scaled).sum(dim, keepdim=True) / power.clamp_min(torch.finfo(power.dtype).tiny)
             fitted *= torch.where((power > 0) & (scale > 0), scale, torch.ones_like(scale))
     return fitted
+
+
+def _check_dense(
+    reader: CheckpointReader,
+    skeleton: Skeleton,
+    found: QuantizedTensors | None,
+    report: VerifyReport,
+    progress: Progress,
+) -> None:
+    """What is not quantized: all there, in the shapes that config.json promises, finite."""
+    names = found.dense if found else reader.names()
+    covered = [f"{skeleton.module_for(name)}.weight" for name in (found.layers if found else ())]
+    progress.stage("reading the other tensors")
+    try:
+        carried = set(skeleton.check_complete(names, covered))
+        for name in names:
+            if name not in carried:
+                skeleton.targets(name, reader.info(name).shape)
+            reader.read(name, check_finite=True)
+    except CheckpointError as error:
+        report.add("tensors", False, error.what)
+    else:
+        report.add("tensors", True, f"{len(names)} tensors that are not quantized are whole and finite")
 
 
 # -- everything else ------------------------------------------------------------------------------

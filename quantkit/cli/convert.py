@@ -97,7 +97,7 @@ def convert_command(
         typer.Option(
             "--max-error",
             metavar="SHARE",
-            help="Warn about layers whose weight error is larger; default: twice what rounding costs.",
+            help="Warn about layers whose weight error is larger; default: 2.5 times what rounding costs.",
         ),
     ] = None,
     as_json: Json = False,
