@@ -1,8 +1,9 @@
 """When a layer's weight error is worth a warning: the limit, and an error that outliers cannot hide.
 
 Rounding a normally distributed weight costs an error that only depends on the encoding. A layer that loses
-more than two and a half times that (calibrated codes cost up to 1.7 times) has weights that the encoding does not suit (outliers, heavy tails, a group far too large),
-or is damaged. `convert` notes such layers; with `strict` it refuses them.
+more than two and a half times that (calibrated codes cost up to 1.7 times) has weights that the encoding does
+not suit (outliers, heavy tails, a group far too large), or is damaged. `convert` notes such
+layers; with `strict` it refuses them.
 """
 
 from __future__ import annotations

@@ -259,7 +259,9 @@ def _size_mismatches(path: Path, manifest: Mapping[str, Any]) -> list[str]:
         file = path / str(name)
         have = file.stat().st_size if inside and file.is_file() else None
         if have != want:
-            out.append(f"{show(name)} has {have if have is not None else 'no'} bytes, the manifest says {show(want)}")
+            out.append(
+                f"{show(name)} has {have if have is not None else 'no'} bytes, the manifest says {show(want)}"
+            )
     return out
 
 

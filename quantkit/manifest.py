@@ -48,7 +48,10 @@ def is_sealed(data: bytes) -> bool:
     found = _OWN_LINE.search(data)
     if not found:
         return False
-    return hashlib.sha256(data[: found.start(1)] + _ZEROS + data[found.end(1) :]).hexdigest().encode() == found[1]
+    return (
+        hashlib.sha256(data[: found.start(1)] + _ZEROS + data[found.end(1) :]).hexdigest().encode()
+        == found[1]
+    )
 
 
 class InputHashes:
@@ -100,6 +103,8 @@ class InputHashes:
                 digest.update(memoryview(buffer)[:count])
             after = os.fstat(file.fileno())
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-            self._error = CheckpointError(f"{show(path)} changed while it was being read", hint="Start again.")
+            self._error = CheckpointError(
+                f"{show(path)} changed while it was being read", hint="Start again."
+            )
             return None
         return {"sha256": digest.hexdigest(), "size": after.st_size}

@@ -25,7 +25,17 @@ from quantkit.errors import QuantkitError
 
 Figures = dict[str, Any]
 UNEXPECTED = 99
-SYSCALLS = ("write", "pwrite64", "fsync", "rename", "renameat2", "ftruncate", "link", "mkdir", "copy_file_range")
+SYSCALLS = (
+    "write",
+    "pwrite64",
+    "fsync",
+    "rename",
+    "renameat2",
+    "ftruncate",
+    "link",
+    "mkdir",
+    "copy_file_range",
+)
 
 
 def digest(path: Path) -> str:

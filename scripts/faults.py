@@ -237,7 +237,9 @@ def all_steps(folder: Path, args: argparse.Namespace) -> Iterator[tuple[str, Tri
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=500, help="SIGKILLs of conversions; a tenth otherwise")
-    parser.add_argument("--every", type=int, default=1, help="let every k-th system call fail; 5 k after the first format")
+    parser.add_argument(
+        "--every", type=int, default=1, help="let every k-th system call fail; 5 k after the first format"
+    )
     parser.add_argument("--disks", type=int, default=20, help="sizes of small disks")
     parser.add_argument("--rounds", type=int, default=10, help="rounds of two and of eight writers")
     parser.add_argument("--exports", type=int, default=8, help="SIGKILLs of whole exports")
@@ -252,7 +254,9 @@ def main() -> None:
 
     def save() -> None:
         figures["seconds"] = round(time.perf_counter() - began, 1)
-        rows = {title: value for title, value in figures.items() if isinstance(value, dict) and title != "bad"}
+        rows = {
+            title: value for title, value in figures.items() if isinstance(value, dict) and title != "bad"
+        }
         figures["bad"] = {f"{t}: {key}": row[key] for t, row in rows.items() for key in BAD if row.get(key)}
         if args.json:
             args.json.write_text(json.dumps(figures, indent=1))

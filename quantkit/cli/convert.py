@@ -90,7 +90,9 @@ def convert_command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT if it exists.")] = False,
     strict: Annotated[
         bool,
-        typer.Option("--strict", help="Refuse what is warned about: odd shapes, unseen experts, large errors."),
+        typer.Option(
+            "--strict", help="Refuse what is warned about: odd shapes, unseen experts, large errors."
+        ),
     ] = False,
     max_error: Annotated[
         float | None,

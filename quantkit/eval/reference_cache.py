@@ -165,7 +165,8 @@ class CachedReference:
         for key in ("hidden", "weight"):
             if key in tensors and (bad := count_nonfinite(tensors[key])):
                 raise CheckpointError(
-                    f"Tensor {key} of {show(path)} has {bad} NaN or infinite values", hint="Delete the directory."
+                    f"Tensor {key} of {show(path)} has {bad} NaN or infinite values",
+                    hint="Delete the directory.",
                 )
         return tensors
 

@@ -273,7 +273,14 @@ def test_artifacts_beside_the_weights_are_not_carried_along(tiny, tmp_path: Path
     """An ONNX model with external data elsewhere, a .pt2, a library, a genai_config.json that names it."""
     source, out = tmp_path / "source", tmp_path / "out"
     shutil.copytree(tiny("llama"), source)
-    planted = ["model.onnx", "model.onnx.data", "model.onnx_data", "model.pt2", "evil.so", "genai_config.json"]
+    planted = [
+        "model.onnx",
+        "model.onnx.data",
+        "model.onnx_data",
+        "model.pt2",
+        "evil.so",
+        "genai_config.json",
+    ]
     planted += ["quantkit_export.json", "engine.plan"]
     for name in planted:
         (source / name).write_bytes(b"evil")

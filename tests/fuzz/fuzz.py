@@ -25,6 +25,7 @@ import atheris
 
 with atheris.instrument_imports(include=["quantkit"]):
     import fuzz_targets
+
     import quantkit
 
 import torch
