@@ -79,6 +79,29 @@ def test_it_warns_and_strict_refuses(tiny: Callable[..., Path], tmp_path: Path, 
     assert run([*common, "--overwrite", "--strict", "--max-error", "2"]) == 0
 
 
+def test_weights_below_the_smallest_scale_are_warned_about(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """Float16 scales end at 6e-8 (found by a property test at 2e-8): what is smaller is lost, and that is said."""
+    source = tmp_path / "source"
+    shutil.copytree(tiny("llama"), source)
+    tensors = load_file(source / "model.safetensors")
+    tensors[UP + ".weight"] *= 2e-8 / float(tensors[UP + ".weight"].abs().max())
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    ids = torch.randint(3, 256, (4, 32), generator=torch.Generator().manual_seed(0))
+    result = quantkit.convert(
+        source,
+        tmp_path / "out",
+        format="gptq",
+        options={"group_size": 32},
+        calibration=ids,
+        samples=4,
+        seqlen=32,
+    )
+    notes = {layer.name: " ".join(layer.notes) for layer in result.quantized}  # type: ignore[union-attr]
+    assert "is above" in notes.pop(UP)
+    notes.pop(UP.replace("up_proj", "down_proj"))  # what it is fed with is nearly zero: it has its own remark
+    assert not any(notes.values()), notes
+
+
 def test_the_limit_is_the_users(tiny: Callable[..., Path], tmp_path: Path) -> None:
     result = quantkit.convert(tiny("llama"), tmp_path / "a", format="nf4")
     assert not any(layer.notes for layer in result.quantized)  # type: ignore[union-attr]
