@@ -17,7 +17,7 @@ DEMO_FLAGS ?= --samples 32 --seqlen 256 --overwrite
 REPORT_OUT ?= report-out
 REPORT_FORMATS ?= nf4,gptq:4,awq:4,hqq:4:g64,fp8,ternary
 
-.PHONY: help setup demo report test test-all check format peers kernels fuzz reliability audit clean
+.PHONY: help setup demo report test test-all check format peers kernels nightly fuzz reliability audit clean
 
 help:
 	@echo "make setup     create $(VENV) from constraints.txt (quick when nothing changed)"
@@ -28,8 +28,9 @@ help:
 	@echo "make check     formatting, lint, types, documentation, import rule"
 	@echo "make format    apply the formatter and the safe fixes"
 	@echo "make kernels   compile the GPU kernels for eight chips into build/kernels (no GPU needed; half an hour)"
-	@echo "make fuzz      fuzz the four parsers with atheris, FUZZ_SECONDS each"
-	@echo "make reliability  attacks, properties, kills, full disks, memory limit (half an hour)"
+	@echo "make nightly   the property tests with over 10,000 cases (a few minutes)"
+	@echo "make fuzz      fuzz the four parsers with atheris, FUZZ_SECONDS of CPU each (an hour in all)"
+	@echo "make reliability  attacks, properties, kills, full disks, memory; writes docs/reliability.md (half an hour)"
 	@echo "make audit     known vulnerabilities of the pinned dependencies (asks a service)"
 	@echo "make peers     environments for heavy peer libraries (scripts/peers)"
 
@@ -77,17 +78,22 @@ peers: setup
 
 # The fuzzing needs atheris (wheels for Linux, CPython 3.11 to 3.13), the audit a vulnerability service to ask.
 FUZZ_SECONDS ?= 900
+FUZZ_LOG ?= docs/benchmarks/fuzz.jsonl
 fuzz: setup
 	$(PIP) install --quiet 'atheris>=3.0'
 	for target in reader index quantization_config journal; do \
-	  $(BIN)/python tests/fuzz/fuzz.py $$target -max_total_time=$(FUZZ_SECONDS); done
+	  $(BIN)/python tests/fuzz/fuzz.py $$target --cpu-seconds $(FUZZ_SECONDS) --log $(FUZZ_LOG); done
+
+nightly: setup
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -q -o timeout=3000 tests/properties
 
 reliability: setup
-	$(BIN)/python scripts/reliability.py --out reliability.json
+	$(PIP) install --quiet 'atheris>=3.0' || echo "no atheris for this Python: nothing will be fuzzed"
+	$(BIN)/python scripts/reliability.py
 
 audit: setup
 	$(PIP) install --quiet 'pip-audit>=2.7'
-	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
+	$(BIN)/python scripts/audit.py
 
 clean:
 	rm -rf build dist demo-out report-out .pytest_cache .mypy_cache .ruff_cache .hypothesis

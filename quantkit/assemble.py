@@ -8,8 +8,6 @@ process killed in between goes on with the next shard.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,6 +19,7 @@ import quantkit
 from quantkit.checkpoint import INDEX, MANIFEST, natural_key
 from quantkit.errors import CheckpointError, DestinationError
 from quantkit.journal import Journal, Record
+from quantkit.manifest import file_record, json_bytes, sealed
 from quantkit.shards import (
     Handles,
     Spec,
@@ -32,16 +31,6 @@ from quantkit.shards import (
 )
 from quantkit.staging import disk_errors, fsync_dir, remove, write_durably
 from quantkit.untrusted import show
-
-
-def json_bytes(value: Any) -> bytes:
-    """JSON as it is written to checkpoints."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def file_record(data: bytes) -> Record:
-    """A file's entry in the manifest."""
-    return {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
 
 
 class Assembler:
@@ -95,7 +84,7 @@ class Assembler:
             "provenance": provenance,
             "files": {name: files[name] for name in sorted(files, key=natural_key)},
         }
-        write_durably(self.out / MANIFEST, json_bytes(manifest))
+        write_durably(self.out / MANIFEST, sealed(manifest))
         for folder in {(self.out / name).parent for name in files}:
             fsync_dir(folder)
 

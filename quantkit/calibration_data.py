@@ -16,6 +16,8 @@ from quantkit.errors import CalibrationError
 
 #: Characters read per token wanted: enough for any tokenizer, and a bound on memory.
 _CHARS_PER_TOKEN = 12
+#: Longest text file, and how much of its first row is looked at to tell text from token ids.
+_MAX_BYTES, _FIRST_ROW = 1 << 30, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ def load_calibration(
     else:
         path = Path(name).expanduser()
         label = name
+        check_size(path)
         if path.suffix == ".jsonl" and path.is_file():
             rows = list(_jsonl(path))
             if rows and "input_ids" in rows[0]:
@@ -115,11 +118,22 @@ def load_calibration(
     return _checked(all_chunks[order], label, seed, vocab_size)
 
 
+def check_size(path: Path) -> None:
+    """CalibrationError for a text file that is too long to be read whole."""
+    if path.is_file() and path.stat().st_size > _MAX_BYTES:
+        raise CalibrationError(
+            f"{path} has {path.stat().st_size} bytes, too many for a text to measure or calibrate with",
+            hint=f"At most {_MAX_BYTES} are read; a sample of it does.",
+        )
+
+
 def holds_text(path: Path) -> bool:
     """Whether the first row of a jsonl file needs a tokenizer."""
     try:
+        if not path.is_file():  # a pipe would be waited for
+            return True
         with path.open(encoding="utf-8", errors="replace") as file:
-            return '"input_ids"' not in file.readline()
+            return '"input_ids"' not in file.readline(_FIRST_ROW)
     except OSError:
         return True
 

@@ -37,14 +37,16 @@ __all__ = ["CheckpointReader", "TensorInfo", "natural_key", "resolve_model"]
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MANIFEST = "quantkit_manifest.json"
+EXPORT_MANIFEST = "quantkit_export.json"
 CHAT_TEMPLATES = "additional_chat_templates"
 
 #: Written anew for the output, or describing weights that the output does not have.
 _NOT_CARRIED = {"config.json", "quantize_config.json", "quant_config.json", "quant_log.csv"}
-_NOT_CARRIED |= {"recipe.yaml", "readme.md", MANIFEST}
+_NOT_CARRIED |= {"recipe.yaml", "readme.md", MANIFEST, EXPORT_MANIFEST, "genai_config.json"}
 _WEIGHTS = {
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf"),
-    *(".ggml", ".ot", ".pkl", ".pickle", ".npz", ".npy", ".tflite", ".mlmodel", ".pdparams"),
+    *(".ggml", ".ot", ".pkl", ".pickle", ".npz", ".npy", ".tflite", ".mlmodel", ".pdparams", ".pt2", ".ptl"),
+    *(".pte", ".engine", ".plan", ".data", ".so", ".dll", ".dylib", ".exe"),  # artifacts and machine code
 }
 _SHARD_NAME = re.compile(r"model-[0-9]+-of-[0-9]+\.safetensors")
 _FINITE_CHUNK = 1 << 22
@@ -149,6 +151,12 @@ class CheckpointReader:
         no model card and no description of a quantization (those are written anew).
         """
         return list(self._others)
+
+    def input_files(self) -> dict[str, Path]:
+        """All files that a conversion reads: name inside the directory -> path. Weights come first."""
+        files = [*self.files, self.path / "config.json", *self._others]
+        files += [self.path / name for name in (INDEX, "README.md") if name in self._entries]
+        return {str(file.relative_to(self.path)): file for file in files if file.is_file()}
 
     def fingerprint(self) -> str:
         """sha256 (hex) over config.json, headers, sizes and modification times: is it the same input?"""

@@ -8,6 +8,7 @@ layer: its inputs come from the already quantized layers before it (see `quantki
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
@@ -28,6 +29,7 @@ from quantkit.errors import CheckpointError, NumericsError, UsageError
 from quantkit.formats import get_format
 from quantkit.hub import resolve_model
 from quantkit.load import load_tokenizer, parse_dtype, quantization_config
+from quantkit.manifest import InputHashes
 from quantkit.memory import map_large_tensors, peak_device_memory, peak_rss, release_freed
 from quantkit.plan import ConvertPlan, make_plan
 from quantkit.progress import NullProgress, Progress
@@ -57,6 +59,7 @@ def convert(
     resume: bool = False,
     overwrite: bool = False,
     strict: bool = False,
+    max_error: float | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
     progress: Progress | None = None,
@@ -75,7 +78,10 @@ def convert(
     dtype: of calibration's forward passes; "auto" is float32. Weights and statistics are float32 anyway.
     dry_run: only plan, from headers; returns a PlanReport.
     resume: go on where an interrupted run of the same work stopped; the result is byte-equal.
-    overwrite: replace an existing checkpoint, atomically. strict: refuse every deviation.
+    overwrite: replace an existing checkpoint, atomically.
+    max_error: relative error of a layer's weight above which it is warned about; None is 2.5 times what
+        the encoding costs normally distributed weights.
+    strict: refuse every deviation and every layer above `max_error`.
 
     Returns a ConvertResult. Raises a QuantkitError in one line for everything that a user can mend; the
     destination then is what it was.
@@ -86,6 +92,8 @@ def convert(
     path = resolve_model(model, revision)
     where = pick_device(device)
     compute = torch.float32 if dtype == "auto" else parse_dtype(dtype)
+    if max_error is not None and not max_error > 0:
+        raise UsageError(f"a largest error of {max_error} allows nothing", hint="Example: 0.2.")
     if output is None and not dry_run:
         raise UsageError("no output directory", hint="Give one with -o.")
     with CheckpointReader(path) as reader:
@@ -97,6 +105,7 @@ def convert(
             )
         skeleton = Skeleton(path, reader.config, trust_remote_code=trust_remote_code, weights=reader)
         plan = make_plan(reader, skeleton, fmt, options or {}, skip=skip, overrides=overrides, strict=strict)
+        plan.max_error = max_error
         data = (
             _calibration(plan, path, calibration, samples, seqlen, seed, trust_remote_code)
             if plan.calibrated
@@ -110,11 +119,15 @@ def convert(
         print_fingerprint = _fingerprint(plan, data, compute, where)
         provenance = {
             "quantkit": quantkit.__version__,
-            "source": {"model": str(model), "revision": revision, "fingerprint": reader.fingerprint()},
+            "source": {
+                "model": str(model),
+                "revision": source_revision(path, revision),
+                "fingerprint": reader.fingerprint(),
+            },
             "format": fmt.name,
             "options": plan.config.model_dump(mode="json"),
             "calibration": data.describe() if data else None,
-            "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
+            "versions": versions(),
         }
         with join_workers(where) as workers:
             result = ConvertResult(
@@ -131,21 +144,38 @@ def convert(
                 "source": path,
             }
             if workers.rank == 0:
-                with CheckpointWriter(output, **args) as writer:  # type: ignore[arg-type]
-                    _run(plan, writer, data, where, compute, workers, progress, result)
+                hashes = InputHashes(reader.input_files())
+                with CheckpointWriter(output, **args) as writer, hashes:  # type: ignore[arg-type]
+                    _run(plan, writer, data, where, compute, workers, progress, result, strict)
                     errors = (
                         "name",
                         "action",
                         "weight_error",
                         "output_error",
                     )  # no times: resuming must not show
+                    provenance["inputs"] = hashes.records()
                     provenance["layers"] = [{k: r.to_json()[k] for k in errors} for r in result.layers]
                     writer.provenance = provenance
-                    _finish(plan, writer, result, started, command, strict)
+                    _finish(plan, writer, result, started, command)
             else:
-                _run(plan, None, data, where, compute, workers, NullProgress(), result)
+                _run(plan, None, data, where, compute, workers, NullProgress(), result, strict)
             workers.barrier()
     return result
+
+
+def versions() -> dict[str, str]:
+    """What of the environment decides about the numbers."""
+    return {
+        "quantkit": quantkit.__version__,
+        "torch": torch.__version__,
+        "transformers": importlib.metadata.version("transformers"),
+        "python": sys.version.split()[0],
+    }
+
+
+def source_revision(path: Path, asked: str | None) -> str | None:
+    """The commit of a model from the hub (its cache has a directory for each), else what was asked for."""
+    return path.name if path.parent.name == "snapshots" else asked
 
 
 def pick_device(device: str) -> torch.device:
@@ -190,6 +220,7 @@ def _fingerprint(
         "calibration": data.fingerprint() if data else "none",
         "device": device.type,
         "dtype": str(dtype),
+        "max_error": str(plan.max_error),
         "workers": os.environ.get("WORLD_SIZE", "1"),
         "torch": torch.__version__,
     }
@@ -204,6 +235,7 @@ def _run(
     workers: Workers,
     progress: Progress,
     result: ConvertResult,
+    strict: bool,
 ) -> None:
     progress.start(
         sum(p.config is not None for p in plan.layers), f"{plan.format.name}: {plan.reader.path.name}"
@@ -222,6 +254,7 @@ def _run(
             if unit.id in completed:
                 if writer:
                     reports = [LayerReport.from_json(r) for r in writer.unit_report(unit.id)["layers"]]
+                    _check_strict(reports, strict)
                     result.layers.extend(reports)
                     for report in reports:
                         progress.layer(report)
@@ -235,6 +268,7 @@ def _run(
                 continue
             else:
                 tensors, reports = stream_unit(plan, unit, device, progress)
+            _check_strict(reports, strict)
             if writer:
                 writer.write_unit(unit.id, tensors, {"layers": [r.to_json() for r in reports]})
             result.layers.extend(reports)
@@ -246,23 +280,25 @@ def _run(
         progress.finish()
 
 
+def _check_strict(reports: Sequence[LayerReport], strict: bool) -> None:
+    """Under `strict` a quantized layer that something has to be said about ends the conversion."""
+    for report in reports:
+        if strict and report.action == "quantized" and report.notes:
+            raise NumericsError(
+                f"layer {report.name!r}: {report.notes[0]}", hint="Drop --strict to accept it."
+            )
+
+
 def _finish(
     plan: ConvertPlan,
     writer: CheckpointWriter,
     result: ConvertResult,
     started: float,
     command: str | None,
-    strict: bool,
 ) -> None:
     """config.json, side files, model card, figures; then publish."""
     from quantkit.model_card import render_model_card
 
-    if strict:
-        for report in result.layers:
-            if report.action == "quantized" and report.notes:
-                raise NumericsError(
-                    f"layer {report.name!r}: {report.notes[0]}", hint="Drop --strict to accept it."
-                )
     layers = plan.quantized_layers()
     config = dict(plan.reader.config)
     config["quantization_config"] = plan.format.to_hf_config(layers)
@@ -292,6 +328,7 @@ def _finish(
         loaders=plan.format.readers(plan.config),
         source_card=source_card,
         command=command,
+        provenance=writer.provenance,
     )
     writer.add_bytes("README.md", card.encode())
     writer.publish()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import CheckpointError, ConfigError
 from quantkit.report_types import Report, to_plain
+from quantkit.untrusted import is_plain_name, show
 
 if TYPE_CHECKING:
     from quantkit.checkpoint import CheckpointReader, TensorInfo
@@ -254,10 +255,13 @@ def _size_mismatches(path: Path, manifest: Mapping[str, Any]) -> list[str]:
     files = manifest.get("files")
     for name, record in files.items() if isinstance(files, dict) else ():
         want = record.get("size") if isinstance(record, dict) else None
+        inside = all(is_plain_name(part) for part in str(name).split("/"))
         file = path / str(name)
-        have = file.stat().st_size if file.is_file() else None
+        have = file.stat().st_size if inside and file.is_file() else None
         if have != want:
-            out.append(f"{name} has {have if have is not None else 'no'} bytes, the manifest says {want}")
+            out.append(
+                f"{show(name)} has {have if have is not None else 'no'} bytes, the manifest says {show(want)}"
+            )
     return out
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.checkpoint import CheckpointReader, TensorInfo
+from quantkit.config_checks import check_config
 from quantkit.encoding import PackedWeight, dequantize
 from quantkit.errors import CheckpointError, ConfigError, QuantkitError, UsageError, did_you_mean
 from quantkit.formats import get_layout
@@ -30,7 +31,7 @@ from quantkit.linear import (
 )
 from quantkit.meta_model import quiet_transformers
 from quantkit.skeleton import Skeleton, Target, linear_shape
-from quantkit.untrusted import side_file
+from quantkit.untrusted import MAX_SIDE_JSON_BYTES, read_json, side_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -328,6 +329,10 @@ def load_tokenizer(
         if name.endswith((".json", ".jinja", ".txt", ".model")) and not name.startswith("."):
             if not name.endswith(".index.json"):
                 side_file(path / name, path)
+    if (path / "config.json").exists():  # transformers looks into it for the tokenizer's class
+        config = read_json(path / "config.json", path, MAX_SIDE_JSON_BYTES)
+        if isinstance(config, dict):
+            check_config(config, path / "config.json", trust_remote_code)
     with quiet_transformers():
         try:
             return AutoTokenizer.from_pretrained(

@@ -62,6 +62,14 @@ Calibration data:
 {%- else -%}
 No calibration data was used.
 {%- endif %}
+{% if provenance %}
+| provenance | |
+|---|---|
+{% for key, value in provenance -%}
+| {{ key | cell }} | {{ value | cell }} |
+{% endfor %}
+The hashes of all files that were read and written are in quantkit_manifest.json; `quantkit verify` checks them.
+{% endif %}
 
 ## What it cost
 
@@ -120,7 +128,7 @@ def render_model_card(
     loaders: Sequence[str] = (),
     source_card: Path | None = None,
     command: str | None = None,
-    revision: str | None = None,
+    provenance: Mapping[str, Any] | None = None,
 ) -> str:
     """The text of README.md for a finished conversion.
 
@@ -131,12 +139,14 @@ def render_model_card(
     loaders: `Layout.loaders` of the format.
     source_card: README.md of the source, whose licence is carried over; may be absent.
     command: the exact command; by default the running `quantkit` command, else the Python call.
+    provenance: what goes into the manifest under that name; its source and versions are shown.
     """
     source = front_matter(source_card) if source_card is not None else {}
     local = not is_hub_id(base_model)
     name = Path(base_model).name if local else base_model
     carried = {key: source[key] for key in _CARRIED if key in source}
     output = Path(result.output).name if result.output else "OUT"
+    revision = ((provenance or {}).get("source") or {}).get("revision")
     header = {
         **carried,
         **({} if local else {"base_model": name, "base_model_relation": "quantized"}),
@@ -169,6 +179,7 @@ def render_model_card(
             command=_fenced(command or running_command() or _python_call(result, name)),
             options=sorted(result.options.items()),
             calibration=list((result.calibration or {}).items()),
+            provenance=_provenance(provenance or {}),
             worst=[_row(layer) for layer in result.worst_layers(10)],
             notes=_notes(result),
             snippets=snippets(loaders, output),
@@ -314,6 +325,13 @@ def _notes(result: ConvertResult, limit: int = 20) -> list[str]:
     if len(notes) > limit:
         notes = [*notes[:limit], f"and {len(notes) - limit} more, see quantkit_manifest.json"]
     return notes
+
+
+def _provenance(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Rows about where the weights come from and what made them."""
+    source = facts.get("source") or {}
+    rows = [(f"source {key}", str(source[key])) for key in ("revision", "fingerprint") if source.get(key)]
+    return rows + [(f"{name} version", str(number)) for name, number in (facts.get("versions") or {}).items()]
 
 
 def _kept_by_reason(result: ConvertResult) -> list[tuple[str, str]]:

@@ -56,6 +56,7 @@ class ConvertPlan:
     units: list[Unit]
     calibrated: bool
     warnings: list[str] = field(default_factory=list)
+    max_error: float | None = None  # relative weight error above which a layer is noted; None: by encoding
 
     def quantized_layers(self) -> QuantizedLayers:
         """The same, as formats want it for config.json."""

@@ -23,10 +23,11 @@ from typing import Any
 from torch import Tensor
 
 import quantkit
-from quantkit.assemble import Assembler, Record, damaged, file_record, is_piece, json_bytes
+from quantkit.assemble import Assembler, Record, damaged, is_piece
 from quantkit.checkpoint import CHAT_TEMPLATES, INDEX, MANIFEST
 from quantkit.errors import CheckpointError, DestinationError
 from quantkit.journal import Journal, is_sound
+from quantkit.manifest import file_record, json_bytes
 from quantkit.shards import parse_size, sha256_file, spec_of, write_safetensors
 from quantkit.staging import (
     Lock,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import math
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -19,6 +19,7 @@ from quantkit.encoding import dequantize
 from quantkit.errors import CheckpointError, UsageError
 from quantkit.formats.base import Format
 from quantkit.progress import Progress
+from quantkit.staging import disk_errors, write_durably
 from quantkit.untrusted import read_json
 
 _WINDOW = 512  # tokens that are predicted from each other
@@ -115,13 +116,18 @@ class Sensitivity:
             stored = read_json(file, self.folder.resolve()) if file.is_file() else {}
         except CheckpointError:
             return {}
-        fine = isinstance(stored, dict) and stored.get("key") == self._key()
-        return stored["kl"] if fine and isinstance(stored.get("kl"), dict) else {}
+        found = stored.get("kl") if isinstance(stored, dict) and stored.get("key") == self._key() else None
+        widths = {str(bits) for bits in self.widths}
+        return {
+            pattern: values
+            for pattern, values in (found if isinstance(found, dict) else {}).items()
+            if isinstance(values, dict) and widths <= values.keys() and all(map(_is_kl, values.values()))
+        }
 
     def _keep(self, known: dict[str, dict[str, float]]) -> None:
-        staged = self.folder / f".{_SENSITIVITY}.{os.getpid()}"
-        staged.write_text(json.dumps({"key": self._key(), "kl": known}, indent=1), encoding="utf-8")
-        os.replace(staged, self.folder / _SENSITIVITY)
+        with disk_errors(self.folder / _SENSITIVITY):
+            content = json.dumps({"key": self._key(), "kl": known}, indent=1)
+            write_durably(self.folder / _SENSITIVITY, content.encode())
 
     def whole(self, chosen: Sequence[int]) -> float:
         """Measured KL of the model with every group at its width."""
@@ -197,6 +203,10 @@ class Sensitivity:
         from quantkit.eval.divergence import divergence
 
         return divergence(self.reference, self.model, self.ids, self.protocol).kl_mean
+
+
+def _is_kl(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def sensitivity_ids(tokenizer: Any, data: str | None, tokens: int) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quantkit.checkpoint import CheckpointReader
 from quantkit.encoding import PackedWeight, dequantize
+from quantkit.error_limits import default_limit, error_note
 from quantkit.errors import NumericsError, QuantkitError
 from quantkit.formats.base import LayerStats, take_notes
 from quantkit.plan import ConvertPlan, LayerPlan, Unit
@@ -110,6 +111,11 @@ def layer_report(
         noise = float(((delta @ stats.hessian) * delta).sum().clamp_min(0))
         output_error = (noise / signal) ** 0.5 if signal > 0 else 0.0
     notes = ([layer.note] if layer.note else []) + take_notes()
+    limit = plan.max_error if plan.max_error is not None else default_limit(packed.encoding, weight.shape[1])
+    # Codes fitted to the outputs may be far from the weight: then the output's error is the one that counts.
+    counted = weight_error if output_error is None else min(weight_error, output_error)
+    if note := error_note(weight, delta, counted, limit):
+        notes.append(note)
     return LayerReport(
         layer.site.name,
         layer.site.shape,

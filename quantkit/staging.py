@@ -1,6 +1,7 @@
 """What makes a publication crash-proof: the lock, durable renames, the exchange of directories.
 
-For a destination `parent/model` two siblings exist while a conversion is under way:
+Exports and reports use `new_directory`; checkpoints have a writer of their own, which can resume
+(quantkit/publish.py). For a destination `parent/model` two siblings exist while a conversion is under way:
 
     parent/.model.quantkit.lock        flock(2)ed by the one writer
     parent/.model.quantkit-staging/
@@ -21,7 +22,7 @@ import fcntl
 import io
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -51,7 +52,8 @@ def write_durably(path: Path, data: bytes) -> None:
 def copy_durably(source: BinaryIO, path: Path) -> None:
     """The same with the content of an open file, a piece at a time."""
     temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
+    temporary.unlink(missing_ok=True)
+    with temporary.open("xb") as file:  # never through a link that somebody put there
         shutil.copyfileobj(source, file, 1 << 20)
         file.flush()
         os.fsync(file.fileno())
@@ -179,3 +181,59 @@ def restore_aside(dest: Path) -> bool:
     aside.rename(dest)
     fsync_dir(dest.parent)
     return True
+
+
+def fsync_tree(folder: Path) -> None:
+    """Make a directory durable: every file's content, then every directory's names, innermost first."""
+    for where, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            fd = os.open(Path(where, name), os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        fsync_dir(Path(where))
+
+
+@contextlib.contextmanager
+def new_directory(
+    dest: Path,
+    check: Callable[[], None],
+    *,
+    kind: str,
+    need_bytes: int = 0,
+    finish: Callable[[Path], None] = lambda folder: None,
+) -> Iterator[Path]:
+    """A directory to write into; on a clean exit it becomes `dest` in one step, on an error it goes.
+
+    Parameters
+    ----------
+    dest: absolute, without links. check: raises DestinationError where `dest` must not be replaced; called
+        before anything is written, again under the lock, and again before the replacement.
+    kind: names the staging directory `.DEST.quantkit-KIND`; what a killed process left there is removed.
+    need_bytes: free space to insist on. finish: last touches, once everything is written.
+    """
+    check()
+    staging = dest.with_name(f".{dest.name}.quantkit-{kind}")
+    with disk_errors(dest, need_bytes):
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        lock = Lock(dest.with_name(f".{dest.name}.quantkit.lock"), dest)
+        try:
+            restore_aside(dest)
+            check()  # now that nobody else writes
+            remove(staging)
+            free = shutil.disk_usage(dest.parent).free
+            if need_bytes > free:
+                raise disk_full(dest, f": about {need_bytes} bytes needed, {free} free")
+            staging.mkdir()
+            yield staging
+            finish(staging)
+            fsync_tree(staging)
+            check()  # somebody may have put something there by hand meanwhile
+            replace_directory(staging, dest)
+            with contextlib.suppress(OSError):  # it is published: what is left is swept by the next run
+                remove(aside_path(dest))
+        finally:
+            with contextlib.suppress(OSError):
+                remove(staging)
+            lock.release()

@@ -27,7 +27,8 @@ from quantkit.errors import CheckpointError, DestinationError, QuantkitError, Us
 from quantkit.formats import get_format
 from quantkit.options import build_config, collect_options, parse_assignments
 from quantkit.progress import NullProgress, Progress
-from quantkit.untrusted import read_json
+from quantkit.staging import disk_errors, write_durably
+from quantkit.untrusted import plain_file, read_json
 
 _VERSION = 1
 _NAME = re.compile(r"[^A-Za-z0-9.=-]+")
@@ -238,9 +239,8 @@ def _one(job: _Job, worker: int, workers: int, progress: Progress | None) -> Non
     settings["hashes"] = True
     result = quantkit.evaluate([job.out], job.source, reference_row=False, progress=progress, **settings)
     document = {"key": job.key, "warnings": result.warnings, "row": result.rows[0].to_json()}
-    staged = stored.with_name(f".{stored.name}.{os.getpid()}")
-    staged.write_text(json.dumps(document, indent=1), encoding="utf-8")
-    os.replace(staged, stored)
+    with disk_errors(stored):
+        write_durably(stored, json.dumps(document, indent=1).encode("utf-8", "backslashreplace"))
 
 
 def convert_once(
@@ -256,7 +256,7 @@ def convert_once(
         facts: list[Any] = [reader.fingerprint(), setting.format, setting.options]
     facts.append(sorted((key, str(value)) for key, value in arguments.items() if key != "device"))
     mark, wanted = out.with_name(f".{out.name}.sweep"), hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    same = mark.is_file() and mark.read_text(encoding="utf-8", errors="replace") == wanted
+    same = _read_mark(mark) == wanted
     if same and (out / "config.json").is_file():
         return
     settings = {**arguments, "format": setting.format, "options": setting.options, "progress": progress}
@@ -264,12 +264,23 @@ def convert_once(
         with contextlib.suppress(DestinationError):  # the device or a version has changed: start again
             quantkit.convert(source, out, resume=True, overwrite=True, **settings)
             return
-    mark.write_text(wanted, encoding="utf-8")  # before: an interrupted conversion can then be resumed
+    with disk_errors(mark):
+        write_durably(mark, wanted.encode())  # before: an interrupted conversion can then be resumed
     try:
         quantkit.convert(source, out, overwrite=True, **settings)
     except QuantkitError:
         mark.unlink(missing_ok=True)
         raise
+
+
+def _read_mark(mark: Path) -> str:
+    """The hash of what a conversion was made from; "" for anything else under that name."""
+    try:
+        if plain_file(mark, mark.parent.resolve()).st_size > 200:
+            return ""
+        return mark.read_text(encoding="utf-8", errors="replace")
+    except (CheckpointError, OSError):
+        return ""
 
 
 def _accelerators() -> int:

@@ -1,10 +1,13 @@
 """`quantkit.verify`: is a checkpoint what it claims to be?
 
-1. every file has the hash that quantkit_manifest.json gives;
-2. headers, config.json and every quantized layer are sound, and decode to finite weights;
+1. every file has the hash that quantkit_manifest.json gives, that file included, and none is there besides;
+2. headers, config.json and every quantized layer are sound, and decode to finite weights; no other tensor is
+   missing, of another shape, or not finite;
 3. with the source at hand: every layer's error is recomputed, and everything that is not quantized
    equals the source, one tensor at a time;
 4. the library that owns the format computes the same logits as quantkit, where it is installed.
+
+Of an export (quantkit_export.json) the first is checked.
 """
 
 from __future__ import annotations
@@ -18,17 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.checkpoint import MANIFEST, CheckpointReader
+from quantkit.checkpoint import EXPORT_MANIFEST, MANIFEST, CheckpointReader
 from quantkit.encoding import dequantize
-from quantkit.errors import CheckpointError, NumericsError
+from quantkit.errors import CheckpointError, NumericsError, UsageError
 from quantkit.hub import resolve_model
 from quantkit.load import QuantizedTensors, find_quantized, read_layer
+from quantkit.manifest import is_sealed
 from quantkit.peer_logits import check_loader, compare_logits
 from quantkit.progress import NullProgress, Progress
 from quantkit.report_types import LayerReport, Report
 from quantkit.shards import sha256_file
 from quantkit.skeleton import Site, Skeleton, Target, linear_shape
-from quantkit.untrusted import is_plain_name, read_json
+from quantkit.untrusted import existing_directory, is_plain_name, read_json, show
 
 #: A recomputed error may differ from the recorded one by the rounding of its computation.
 _SAME_ERROR = 1e-3
@@ -98,10 +102,16 @@ def verify(
     progress = progress or NullProgress()
     check_loader(loader)
     path = resolve_model(checkpoint)
+    if (path / EXPORT_MANIFEST).is_file() and not (path / MANIFEST).is_file():
+        if against is not None:
+            raise UsageError(
+                f"{show(path)} is an export: only its hashes can be checked", hint="Leave out --against."
+            )
+        return _verify_export(existing_directory(path), VerifyReport(str(path), None), progress)
     with CheckpointReader(path) as reader:
         found = find_quantized(reader)
         report = VerifyReport(str(path), found.layout.name if found else None)
-        manifest = _check_files(reader.path, report, progress)
+        manifest = _check_files(reader.path, MANIFEST, report, progress)
         skeleton = Skeleton(path, reader.config, trust_remote_code=trust_remote_code, weights=reader)
         source = None
         if against is not None:
@@ -109,6 +119,7 @@ def verify(
         try:
             if found:
                 _check_layers(reader, skeleton, found, source, _recorded(manifest), device, report, progress)
+            _check_dense(reader, skeleton, found, report, progress)
             if source is not None:
                 _check_rest(reader, skeleton, found, source, report)
         finally:
@@ -125,27 +136,39 @@ def verify(
 # -- files ----------------------------------------------------------------------------------------
 
 
-def _check_files(path: Path, report: VerifyReport, progress: Progress) -> Mapping[str, Any]:
-    """Compare all hashes with the manifest; returns the manifest, {} when there is none."""
-    if not (path / MANIFEST).is_file():
-        report.add("files", None, f"no {MANIFEST}: not written by quantkit")
+def _check_files(path: Path, name: str, report: VerifyReport, progress: Progress) -> Mapping[str, Any]:
+    """Compare all hashes with the manifest `name`; returns the manifest, {} when there is none."""
+    if not (path / name).is_file():
+        report.add("files", None, f"no {name}: not written by quantkit")
         return {}
-    manifest = read_json(path / MANIFEST, path)
+    manifest = read_json(path / name, path)
     files = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(files, dict) or not all(isinstance(r, dict) for r in files.values()):
-        raise CheckpointError(f"{path / MANIFEST} has no list of files", hint="The file is damaged.")
+        raise CheckpointError(f"{show(path / name)} has no list of files", hint="The file is damaged.")
     bad = []
-    for name, record in files.items():
-        progress.stage(f"hashing {name}")
-        file = path / name
-        if not all(is_plain_name(part) for part in name.split("/")) or not file.is_file():
-            bad.append(f"{name} is missing")
+    if not is_sealed((path / name).read_bytes()):
+        bad.append(f"{name} itself has changed")
+    for entry, record in files.items():
+        progress.stage(f"hashing {show(entry)}")
+        file = path / entry
+        if not all(is_plain_name(part) for part in entry.split("/")) or not file.is_file():
+            bad.append(f"{show(entry)} is missing")
         elif sha256_file(file) != record.get("sha256"):
-            bad.append(f"{name} has changed")
-    present = {p.name for p in path.iterdir() if p.suffix == ".safetensors"}
-    bad += [f"{name} is not in the manifest" for name in sorted(present - files.keys())]
-    report.add("files", not bad, "; ".join(bad[:5]) or f"{len(files)} files have the hashes of {MANIFEST}")
+            bad.append(f"{show(entry)} has changed")
+    present = {str(p.relative_to(path)) for p in path.rglob("*") if not p.is_dir()}
+    hidden = {entry for entry in present if any(part.startswith(".") for part in entry.split("/"))}
+    strays = sorted(present - hidden - files.keys() - {name})
+    bad += [f"{show(entry)} is not in the manifest" for entry in strays]
+    more = f" (and {len(bad) - 5} more)" if len(bad) > 5 else ""
+    detail = "; ".join(bad[:5]) + more if bad else f"{len(files)} files have the hashes of {name}"
+    report.add("files", not bad, detail)
     return manifest
+
+
+def _verify_export(path: Path, report: VerifyReport, progress: Progress) -> VerifyReport:
+    """An export was compared with its checkpoint when it was made; what can change since are its files."""
+    _check_files(path, EXPORT_MANIFEST, report, progress)
+    return report
 
 
 def _recorded(manifest: Mapping[str, Any]) -> dict[str, float]:
@@ -303,6 +326,29 @@ def fit_channels(weight: Tensor, scaled: Tensor, rounds: int = 4) -> Tensor:
             scale = (fitted * scaled).sum(dim, keepdim=True) / power.clamp_min(torch.finfo(power.dtype).tiny)
             fitted *= torch.where((power > 0) & (scale > 0), scale, torch.ones_like(scale))
     return fitted
+
+
+def _check_dense(
+    reader: CheckpointReader,
+    skeleton: Skeleton,
+    found: QuantizedTensors | None,
+    report: VerifyReport,
+    progress: Progress,
+) -> None:
+    """What is not quantized: all there, in the shapes that config.json promises, finite."""
+    names = found.dense if found else reader.names()
+    covered = [f"{skeleton.module_for(name)}.weight" for name in (found.layers if found else ())]
+    progress.stage("reading the other tensors")
+    try:
+        carried = set(skeleton.check_complete(names, covered))
+        for name in names:
+            if name not in carried:
+                skeleton.targets(name, reader.info(name).shape)
+            reader.read(name, check_finite=True)
+    except CheckpointError as error:
+        report.add("tensors", False, error.what)
+    else:
+        report.add("tensors", True, f"{len(names)} tensors that are not quantized are whole and finite")
 
 
 # -- everything else ------------------------------------------------------------------------------

@@ -1,10 +1,11 @@
-"""Peak memory of conversions against the number of layers: it must not grow.
+"""Peak memory of conversions against the size of the model: it must not grow with the number of layers.
 
-Makes random Llama checkpoints of several depths (one shard per layer), converts each in a process of its
-own, and prints the peak resident memory over what the interpreter holds after its imports, with the
-slope per layer.
+Makes random Llama checkpoints of several depths, and of several widths (one shard per layer), converts each in a
+process of its own, and prints the peak resident memory over what the interpreter holds after its imports,
+with the slope in MB for each GB of source. Wider models have larger tensors, and of those one (streaming formats)
+or a layer's worth (calibrated formats) is in memory: over widths the peak follows the layer, not the model.
 
-    python scripts/bench_memory.py --formats nf4 hqq fp8 gptq awq --depths 4 8 16
+    python scripts/bench_memory.py --formats nf4 hqq fp8 gptq awq --depths 4 8 16 --widths 512 1024 2048
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from statistics import linear_regression
+from typing import Any
 
 WORKER = """
 import json, resource, sys
@@ -81,42 +84,69 @@ def make_model(path: Path, layers: int, hidden: int, intermediate: int) -> None:
     (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
+def peak_of(fmt: str, layers: int, hidden: int, intermediate: int, folder: Path) -> dict[str, Any]:
+    """Convert one random model in a process of its own; its memory, in bytes."""
+    model = folder / f"llama-{layers}-{hidden}-{intermediate}"
+    if not model.is_dir():
+        model.mkdir()
+        make_model(model, layers, hidden, intermediate)
+    command = [sys.executable, "-c", WORKER, str(model), str(folder / "out"), fmt, "128"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr)
+    row = {"format": fmt, "layers": layers, "hidden": hidden, **json.loads(done.stdout.splitlines()[-1])}
+    print(json.dumps(row), file=sys.stderr, flush=True)
+    return row
+
+
+def over(row: dict[str, Any]) -> float:
+    """Peak resident memory above that of the imports, MB."""
+    return float(row["peak"] - row["base"]) / 1e6
+
+
+def slope(rows: list[dict[str, Any]]) -> float:
+    """MB of peak for each GB of source, by least squares."""
+    return linear_regression([r["before"] / 1e9 for r in rows], [over(r) for r in rows]).slope
+
+
+def print_table(rows: list[dict[str, Any]], key: str, title: str) -> None:
+    """Formats against depths or widths."""
+    values = list(dict.fromkeys(r[key] for r in rows))
+    print(f"\n{title}; peak RSS over base in MB\n")
+    print("| format | " + " | ".join(f"{key} {v}" for v in values) + " | MB per GB of source | source, MB |")
+    print("|---|" + "---:|" * (len(values) + 2))
+    for fmt in dict.fromkeys(r["format"] for r in rows):
+        mine = [r for r in rows if r["format"] == fmt]
+        sizes = ", ".join(f"{r['before'] / 1e6:.0f}" for r in mine)
+        cells = " | ".join(f"{over(r):.0f}" for r in mine)
+        print(f"| {fmt} | {cells} | {slope(mine):+.1f} | {sizes} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--formats", nargs="+", default=["nf4", "hqq", "fp8", "gptq", "awq"])
-    parser.add_argument("--depths", nargs="+", type=int, default=[4, 8, 16])
+    parser.add_argument("--depths", nargs="*", type=int, default=[4, 8, 16], help="layers, at --hidden")
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--intermediate", type=int, default=2816)
+    parser.add_argument("--widths", nargs="*", type=int, default=[], help="hidden sizes, at --width-depth")
+    parser.add_argument("--width-depth", type=int, default=4)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
+    depths, widths = [], []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         for depth in args.depths:
-            model = Path(folder) / f"llama-{depth}"
-            model.mkdir()
-            make_model(model, depth, args.hidden, args.intermediate)
             for fmt in args.formats:
-                command = [sys.executable, "-c", WORKER, str(model), str(Path(folder) / "out"), fmt, "128"]
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-                if done.returncode:
-                    sys.exit(done.stderr)
-                row = {"format": fmt, "layers": depth, **json.loads(done.stdout.splitlines()[-1])}
-                rows.append(row)
-                print(json.dumps(row), file=sys.stderr, flush=True)
-    print(f"\nhidden {args.hidden}, intermediate {args.intermediate}, bf16; peak RSS over base in MB\n")
-    print(
-        "| format | "
-        + " | ".join(f"{d} layers" for d in args.depths)
-        + " | slope, MB per layer | source, MB |"
-    )
-    print("|---|" + "---:|" * (len(args.depths) + 2))
-    for fmt in args.formats:
-        over = [(r["peak"] - r["base"]) / 1e6 for r in rows if r["format"] == fmt]
-        slope = (over[-1] - over[0]) / (args.depths[-1] - args.depths[0])
-        sources = ", ".join(f"{r['before'] / 1e6:.0f}" for r in rows if r["format"] == fmt)
-        print(f"| {fmt} | " + " | ".join(f"{o:.0f}" for o in over) + f" | {slope:+.2f} | {sources} |")
+                depths.append(peak_of(fmt, depth, args.hidden, args.intermediate, folder))
+        for width in args.widths:
+            for fmt in args.formats:
+                widths.append(peak_of(fmt, args.width_depth, width, width * 11 // 4, folder))
+    if depths:
+        print_table(depths, "layers", f"hidden {args.hidden}, intermediate {args.intermediate}, bf16")
+    if widths:
+        print_table(widths, "hidden", f"{args.width_depth} layers, intermediate 2.75 times hidden, bf16")
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1))
+        args.json.write_text(json.dumps({"depths": depths, "widths": widths}, indent=1))
 
 
 if __name__ == "__main__":

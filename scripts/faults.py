@@ -1,327 +1,249 @@
-"""What a conversion leaves behind when it is killed, interrupted, or the disk fails: counted, not argued.
+"""What a conversion, an export or a report leaves behind when it is killed, interrupted, or the disk fails:
+counted, not argued.
 
-Every trial converts a small checkpoint over an existing one with --overwrite, disturbs it, and then looks:
-the destination must be the old checkpoint or the new one, byte for byte, with the hashes of its manifest;
-a resumed run must end in the bytes of an undisturbed one and leave nothing beside it.
+Every trial replaces an existing directory with --overwrite, is disturbed, and then looked at: the destination
+must be the old content or the new, byte for byte, with the hashes of its manifest. A conversion that is resumed,
+or an export or report that is made again, must end in the bytes of an undisturbed one and leave nothing beside it.
 
     python scripts/faults.py --kills 500 --json faults.json
 
-Python and torch take seconds to start, so one process imports everything and forks a child for each run: a
-kill hits a real conversion, but not the imports before it. System calls fail by strace's fault injection
-(attached to the child), full disks are real tmpfs mounts; what a machine does not permit is reported as such.
+How it is done, and what a machine has to permit: scripts/fault_support.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import io
 import json
 import os
-import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from bench_memory import make_model
+from fault_support import Figures, Trial, digest, failing_calls, full_disks, signals, writers
 
 import quantkit
+from quantkit.checkpoint import EXPORT_MANIFEST, MANIFEST
 from quantkit.cli.app import run
-from quantkit.errors import QuantkitError
+from quantkit.manifest import is_sealed
 from quantkit.shards import sha256_file
 
-Figures = dict[str, Any]
-UNEXPECTED = 99
-SYSCALLS = ("write", "pwrite64", "fsync", "rename", "renameat2", "ftruncate", "link", "mkdir", "openat")
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "pydoc-llama-7m"
+BAD = ("mixed", "lost", "unloadable", "not resumed", "leftovers", "unexpected", "nobody won")
 
 
-def digest(path: Path) -> str:
-    """Hash of names and contents of a tree; "" if there is none."""
-    if not path.exists():
-        return ""
-    total = hashlib.sha256()
-    for file in sorted(path.rglob("*")):
-        content = file.read_bytes() if file.is_file() else b""
-        total.update(f"{file.relative_to(path)}\0{len(content)}\0".encode() + content)
-    return total.hexdigest()
+def hashes_hold(path: Path, manifest: str = MANIFEST) -> bool:
+    """Whether the manifest and every file have the sha256 that it gives."""
+    data = (path / manifest).read_bytes()
+    records = json.loads(data)["files"].items()
+    return is_sealed(data) and all(sha256_file(path / name) == record["sha256"] for name, record in records)
 
 
-def hashes_hold(path: Path) -> bool:
-    """Whether every file has the sha256 that the checkpoint's manifest gives."""
-    manifest = json.loads((path / "quantkit_manifest.json").read_bytes())
-    return all(sha256_file(path / name) == record["sha256"] for name, record in manifest["files"].items())
-
-
-class Bench:
-    """A source, an old checkpoint at the destination, and the new one that a conversion must give."""
+class Conversion(Trial):
+    """A tiny Llama (3 layers), converted over an fp8 checkpoint."""
 
     def __init__(self, folder: Path, fmt: str, seed: int) -> None:
-        self.folder, self.fmt = folder, fmt
-        self.chance = random.Random(seed)
-        self.source, self.dest = folder / "source", folder / "t" / "model"
-        self.output = folder / "output.txt"
+        super().__init__(folder, seed)
+        self.fmt, self.source = fmt, folder / "source"
         self.source.mkdir()
-        self.dest.parent.mkdir()
         make_model(self.source, 3, 128, 176)
-        for file in self.source.iterdir():  # one number of shards for old and new
+        for file in self.source.iterdir():  # a copy that is put back must be the same input
             os.utime(file, (1, 1))
         shutil.copytree(self.source, folder / "backup")
         (folder / "ids.jsonl").write_text(
             "\n".join(json.dumps({"input_ids": [(7 * i + j) % 1000 for j in range(32)]}) for i in range(4))
         )
-        self.old_copy = folder / "old"
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            self.convert()  # imports what children would import each time, so that kills hit the conversion
+            self.work()  # imports what children would import each time, so that kills hit the conversion
         shutil.rmtree(self.dest)
         assert self.wait(self.fork(lambda: self.convert("fp8"))) == 0, self.output.read_text()
         shutil.move(self.dest, self.old_copy)
-        assert self.wait(self.fork(self.convert)) == 0, self.output.read_text()
-        began = time.perf_counter()
-        self.reset()
-        assert self.wait(self.fork(self.convert)) == 0, self.output.read_text()
-        self.seconds = time.perf_counter() - began
+        self.time()
         self.old, self.new = digest(self.old_copy), digest(self.dest)
-        self.reset()
-        assert self.wait(self.fork(self.convert)) == 0 and digest(self.dest) == self.new, "not deterministic"
+        self.time()
+        assert digest(self.dest) == self.new, "not deterministic"
 
-    def command(self, fmt: str | None = None, *extra: str) -> list[str]:
-        fmt = fmt or self.fmt
+    def convert(self, fmt: str, *extra: str) -> int:
         command = ["convert", str(self.source), "--format", fmt, "-o", str(self.dest), "--overwrite"]
         if fmt == "gptq":
             command += ["--calibration", str(self.folder / "ids.jsonl"), "--samples", "4", "--seqlen", "32"]
-        return [*command, "--max-shard-size", "200KB", *extra]
+        return run([*command, "--max-shard-size", "200KB", *extra])
 
-    def convert(self, fmt: str | None = None, *extra: str) -> int:
-        return run(self.command(fmt, *extra))
+    def work(self) -> int:
+        return self.convert(self.fmt)
 
-    def fork(self, work: Callable[[], object], *, stop: bool = False) -> int:
-        """Run `work` in a child whose output goes to a file; with `stop` it waits for SIGCONT first."""
-        pid = os.fork()
-        if pid == 0:
-            code: object = UNEXPECTED
-            try:
-                fd = os.open(self.output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-                os.dup2(fd, 1)
-                os.dup2(fd, 2)
-                signal.signal(signal.SIGINT, signal.default_int_handler)
-                if stop:
-                    os.kill(os.getpid(), signal.SIGSTOP)
-                code = work()
-                sys.stdout.flush()
-            except QuantkitError as error:
-                code = error.exit_code
-            except BaseException as error:
-                with contextlib.suppress(OSError):
-                    print(repr(error), file=sys.stderr, flush=True)
-            finally:
-                os._exit(code if isinstance(code, int) else 0)
-        return pid
+    def again(self) -> int:
+        return self.convert(self.fmt, "--resume")
 
-    @staticmethod
-    def wait(pid: int) -> int:
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-    def reset(self) -> None:
-        shutil.rmtree(self.dest.parent, ignore_errors=True)
-        self.dest.parent.mkdir()
-        shutil.copytree(self.old_copy, self.dest)
-        self.output.write_bytes(b"")
-
-    def look(self, counts: Counter[str]) -> str:
-        """Classify what is at the destination."""
-        state = digest(self.dest)
-        kind = {self.old: "old", self.new: "new", "": "lost"}.get(state, "mixed")
-        counts[kind] += 1
-        if kind in ("old", "new") and not hashes_hold(self.dest):
-            counts["unloadable"] += 1
-        return kind
-
-    def finish(self, counts: Counter[str], **extra: object) -> None:
-        """Resume; the result must be the new checkpoint and nothing else."""
-        code = self.wait(self.fork(lambda: self.convert(None, "--resume")))
-        same = code == 0 and digest(self.dest) == self.new
-        counts["resumed to the same bytes"] += same
-        counts["not resumed"] += not same
-        if not same:
-            print("not resumed:", code, extra, self.output.read_text()[-600:], file=sys.stderr)
-        counts["leftovers"] += len([e for e in os.listdir(self.dest.parent) if e != self.dest.name])
+    def whole(self, path: Path) -> bool:
+        return hashes_hold(path)
 
 
-def signals(bench: Bench, number: int, runs: int) -> Figures:
-    """Send a signal at a random moment of the conversion."""
-    counts: Counter[str] = Counter()
-    while counts["runs"] < runs:
-        bench.reset()
-        pid = bench.fork(bench.convert)
-        time.sleep(bench.chance.uniform(0, 1.05 * bench.seconds))
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
-        code = bench.wait(pid)
-        counts["runs"] += 1
-        counts[f"exit {code}"] += 1
-        bench.look(counts)
-        text = bench.output.read_text()
-        if number == signal.SIGINT and code == 130:
-            counts["says how to resume"] += "--resume" in text and "interrupted" in text
-        if code not in (0, 130, -number):
-            print(f"signal {number}: exit {code}: {text[-500:]}", file=sys.stderr)
-        bench.finish(counts, signal=number)
-    return dict(counts)
+class Export(Trial):
+    """`quantkit export` of an NF4 Llama over an older export. Its manifest has timings, so two exports differ:
+    new is what is not the old one and has all hashes of its manifest."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        super().__init__(folder, seed)
+        source, self.checkpoint = folder / "source", folder / "checkpoint"
+        source.mkdir()
+        make_model(source, 1, 128, 176)
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            quantkit.convert(source, self.checkpoint, format="nf4")
+            assert self.work() == 0
+        shutil.move(self.dest, self.old_copy)
+        self.old = digest(self.old_copy)
+        self.time()
+
+    def work(self) -> int:
+        return run(["export", str(self.checkpoint), "--to", "onnx", "-o", str(self.dest), "--overwrite"])
+
+    def kind(self) -> str:
+        found = super().kind()
+        return "new" if found == "mixed" and self.whole(self.dest) else found
+
+    def whole(self, path: Path) -> bool:
+        return (path / EXPORT_MANIFEST).is_file() and hashes_hold(path, EXPORT_MANIFEST)
 
 
-def strace_works() -> bool:
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(["strace", "-o", "/dev/null", "true"], timeout=20).returncode == 0
-    return False
+class ExportPublication(Export):
+    """The publication of an export alone: the same files are written anew, so that thousands of moments can be
+    tried without building a graph for each."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        super().__init__(folder, seed)
+        self.files = {f.name: f.read_bytes() for f in self.dest.iterdir()}
+        self.time()
+        self.new = digest(self.dest)
+
+    def work(self) -> int:
+        if not hasattr(self, "files"):
+            return super().work()
+        from quantkit.export.stage import staged
+
+        with staged(self.dest, overwrite=True, source=self.checkpoint, need_bytes=1) as stage:
+            for name, data in self.files.items():
+                (stage / name).write_bytes(data)
+        return 0
+
+    def kind(self) -> str:
+        return Trial.kind(self)
 
 
-def injected(bench: Bench, call: str, error: str, position: int, lasting: bool) -> int:
-    """One conversion whose `position`-th system call `call` fails; its exit code."""
-    bench.reset()
-    pid = bench.fork(bench.convert, stop=True)
-    os.waitpid(pid, os.WUNTRACED)
-    when = f"{position}+" if lasting else str(position)
-    inject = f"inject={call}:error={error}:when={when}"
-    tracer = subprocess.Popen(
-        ["strace", "-q", "-p", str(pid), "-o", "/dev/null", "-e", f"trace={call}", "-e", inject],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:  # until it is attached
-        status = Path(f"/proc/{pid}/status").read_text()
-        if "TracerPid:\t0\n" not in status:
-            break
-        time.sleep(0.005)
-    os.kill(pid, signal.SIGCONT)
-    code = bench.wait(pid)
-    tracer.wait()
-    return code
+class Report(Trial):
+    """`quantkit eval --report` over an older report; measured once, written in every trial."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        super().__init__(folder, seed)
+        self.result = quantkit.evaluate([EXAMPLE], tokens=256, window=64, cache="none", checks=False)
+        self.result.commands = ["an older one"]
+        assert self.work() == 0
+        shutil.move(self.dest, self.old_copy)
+        self.result.commands = ["the newer one"]
+        self.time()
+        self.old, self.new = digest(self.old_copy), digest(self.dest)
+
+    def work(self) -> int:
+        from quantkit.eval.report import write_report
+
+        write_report(self.result, self.dest, overwrite=True)
+        return 0
+
+    def whole(self, path: Path) -> bool:
+        files = ("report.html", "report.md", "report.json", "figures")
+        return all((path / name).exists() for name in files)
 
 
-def count_calls(bench: Bench) -> dict[str, int]:
-    """How often an undisturbed conversion makes each system call."""
-    bench.reset()
-    pid = bench.fork(bench.convert, stop=True)
-    os.waitpid(pid, os.WUNTRACED)
-    report = bench.folder / "calls.txt"
-    calls = "trace=" + ",".join(SYSCALLS)
-    tracer = subprocess.Popen(["strace", "-q", "-p", str(pid), "-o", report, "-e", calls])
-    while "TracerPid:\t0\n" in Path(f"/proc/{pid}/status").read_text():
-        time.sleep(0.005)
-    os.kill(pid, signal.SIGCONT)
-    bench.wait(pid)
-    tracer.wait()
-    return Counter(line.partition("(")[0] for line in report.read_text().splitlines() if "(" in line)
-
-
-def disk_errors(bench: Bench, runs: int) -> Figures:
-    """ENOSPC (from some call on) and EIO (once) at every k-th call, spread over about `runs` trials."""
-    if not strace_works():
-        return {"not run": "strace cannot trace here"}
-    calls = count_calls(bench)
-    wanted = {name: count for name, count in calls.items() if name in SYSCALLS and name != "openat"}
-    stride = max(1, -(-2 * sum(wanted.values()) // runs))
-    counts: Counter[str] = Counter()
-    for call, total in wanted.items():
-        for error, lasting in (("ENOSPC", True), ("EIO", False)):
-            for position in range(1 + bench.chance.randrange(min(stride, total)), total + 1, stride):
-                code = injected(bench, call, error, position, lasting)
-                counts["runs"] += 1
-                counts[f"exit {code}"] += 1
-                kind = bench.look(counts)
-                if code not in (0, 5) or (code == 0 and kind != "new"):
-                    text = bench.output.read_text()[-300:]
-                    print(f"{call} {error} {position}: exit {code}, {kind}: {text}", file=sys.stderr)
-                    counts["unexpected"] += 1
-                bench.finish(counts, call=call, error=error, position=position)
-    return {"calls": wanted, "every k-th, k =": stride, **counts}
-
-
-def full_disks(bench: Bench) -> Figures:
-    """Real small file systems of growing size, made larger afterwards; and one that is read-only."""
-    counts: Counter[str] = Counter()
-    home, parent = bench.dest, bench.folder / "t"
-    size = sum(f.stat().st_size for f in bench.old_copy.rglob("*") if f.is_file()) // 1024
-    for kilobytes in range(size + 150, 4 * size, max(60, size // 8)):
-        shutil.rmtree(parent, ignore_errors=True)
-        parent.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(parent)]
-        if subprocess.run(command, capture_output=True).returncode:
-            return {"not run": "cannot mount a tmpfs here"}
-        try:
-            shutil.copytree(bench.old_copy, home)
-            code = bench.wait(bench.fork(bench.convert))
-            counts["runs"] += 1
-            counts[f"exit {code}"] += 1
-            bench.look(counts)
-            subprocess.run(["mount", "-o", "remount,size=64m", str(parent)], check=True)
-            bench.finish(counts, kilobytes=kilobytes)
-            if counts["read-only runs"] == 0:
-                shutil.rmtree(home)
-                shutil.copytree(bench.old_copy, home)
-                subprocess.run(["mount", "-o", "remount,ro", str(parent)], check=True)
-                code = bench.wait(bench.fork(bench.convert))
-                counts["read-only runs"] += 1
-                counts[f"read-only: exit {code}"] += 1
-                counts["read-only: old"] += digest(home) == bench.old
-        finally:
-            subprocess.run(["umount", str(parent)], check=True)
-    return dict(counts)
-
-
-def writers(bench: Bench, number: int, rounds: int) -> Figures:
-    """Several conversions to one destination at once."""
-    counts: Counter[str] = Counter()
-    for _ in range(rounds):
-        bench.reset()
-        pids = [bench.fork(bench.convert) for _ in range(number)]
-        codes = [bench.wait(pid) for pid in pids]
-        counts["runs"] += 1
-        counts.update(f"exit {code}" for code in codes)
-        bench.look(counts)
-        counts["nobody won"] += 0 not in codes
-        counts["leftovers"] += len(os.listdir(bench.dest.parent)) - 1
-    return dict(counts)
-
-
-def vanishing_source(bench: Bench, runs: int) -> Figures:
+def vanishing_source(trial: Conversion, runs: int) -> Figures:
     """The source directory is removed while it is read; it comes back for the resumption."""
     counts: Counter[str] = Counter()
     for _ in range(runs):
-        bench.reset()
-        pid = bench.fork(bench.convert)
-        time.sleep(bench.chance.uniform(0, bench.seconds))
-        shutil.rmtree(bench.source)
-        code = bench.wait(pid)
+        trial.reset()
+        pid = trial.fork(trial.work)
+        time.sleep(trial.chance.uniform(0, trial.seconds))
+        shutil.rmtree(trial.source)
+        code = trial.wait(pid)
         counts["runs"] += 1
         counts[f"exit {code}"] += 1
         if code not in (0, 3):
-            print(f"source removed: exit {code}: {bench.output.read_text()[-500:]}", file=sys.stderr)
-        bench.look(counts)
-        shutil.copytree(bench.folder / "backup", bench.source)
-        bench.finish(counts, source="removed")
+            print(f"source removed: exit {code}: {trial.output.read_text()[-500:]}", file=sys.stderr)
+            counts["unexpected"] += 1
+        trial.look(counts)
+        shutil.copytree(trial.folder / "backup", trial.source)
+        trial.finish(counts, source="removed")
     return dict(counts)
+
+
+Step = tuple[str, Callable[[], Figures]]
+
+
+def conversion_steps(trial: Conversion, args: argparse.Namespace) -> list[Step]:
+    every = args.every if trial.fmt == args.formats[0] else 5 * args.every
+    kills, fewer = args.kills // len(args.formats), max(2, args.kills // 10 // len(args.formats))
+    return [
+        ("SIGKILL", partial(signals, trial, signal.SIGKILL, kills)),
+        ("SIGINT", partial(signals, trial, signal.SIGINT, fewer)),
+        ("SIGTERM", partial(signals, trial, signal.SIGTERM, fewer)),
+        ("failing system calls", partial(failing_calls, trial, every)),
+        ("small disks", partial(full_disks, trial, args.disks)),
+        ("two writers", partial(writers, trial, 2, args.rounds)),
+        ("eight writers", partial(writers, trial, 8, args.rounds)),
+        ("source removed", partial(vanishing_source, trial, args.rounds)),
+    ]
+
+
+def publication_steps(trial: Trial, args: argparse.Namespace) -> list[Step]:
+    return [
+        ("SIGKILL", partial(signals, trial, signal.SIGKILL, args.kills // 5)),
+        ("failing system calls", partial(failing_calls, trial, args.every)),
+        ("small disks", partial(full_disks, trial, args.disks // 2, 1.0, 3.0)),
+        ("two writers", partial(writers, trial, 2, args.rounds)),
+        ("eight writers", partial(writers, trial, 8, args.rounds)),
+    ]
+
+
+def all_steps(folder: Path, args: argparse.Namespace) -> Iterator[tuple[str, Trial, list[Step]]]:
+    """(name, trial, steps); a trial is prepared when it is its turn."""
+    for fmt in args.formats:
+        conversion = Conversion(folder / fmt, fmt, args.seed)
+        yield fmt, conversion, conversion_steps(conversion, args)
+    if args.kills:
+        report = Report(folder / "report", args.seed)
+        yield "eval --report", report, publication_steps(report, args)
+        publication = ExportPublication(folder / "publication", args.seed)
+        yield "export's publication", publication, publication_steps(publication, args)
+    if args.exports:
+        export = Export(folder / "export", args.seed)
+        yield (
+            "export",
+            export,
+            [
+                ("SIGKILL", partial(signals, export, signal.SIGKILL, args.exports)),
+                ("small disks", partial(full_disks, export, args.exports // 2, 1.0, 2.5)),
+                ("two writers", partial(writers, export, 2, 1)),
+            ],
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--kills", type=int, default=500, help="SIGKILLs of conversions; a tenth otherwise")
     parser.add_argument(
-        "--kills", type=int, default=500, help="SIGKILLs; a tenth of it for the other signals"
+        "--every", type=int, default=1, help="let every k-th system call fail; 5 k after the first format"
     )
-    parser.add_argument("--errors", type=int, default=200, help="about how many failing system calls")
+    parser.add_argument("--disks", type=int, default=20, help="sizes of small disks")
     parser.add_argument("--rounds", type=int, default=10, help="rounds of two and of eight writers")
-    parser.add_argument("--formats", nargs="+", default=["nf4", "gptq"])
+    parser.add_argument("--exports", type=int, default=8, help="SIGKILLs of whole exports")
+    parser.add_argument("--formats", nargs="*", default=["nf4", "gptq"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -329,41 +251,28 @@ def main() -> None:
     began = time.perf_counter()
     figures: Figures = {"command": " ".join(["python", *sys.argv]), "quantkit": quantkit.__version__}
     memory = Path("/dev/shm")
+
+    def save() -> None:
+        figures["seconds"] = round(time.perf_counter() - began, 1)
+        rows = {
+            title: value for title, value in figures.items() if isinstance(value, dict) and title != "bad"
+        }
+        figures["bad"] = {f"{t}: {key}": row[key] for t, row in rows.items() for key in BAD if row.get(key)}
+        if args.json:
+            args.json.write_text(json.dumps(figures, indent=1))
+
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as name:
-        for fmt in args.formats:
-            folder = Path(name) / fmt
-            folder.mkdir()
-            bench = Bench(folder, fmt, args.seed)
-            kills, fewer = args.kills // len(args.formats), max(2, args.kills // 10 // len(args.formats))
-            steps: list[tuple[str, Callable[[], Figures]]] = [
-                ("SIGKILL", partial(signals, bench, signal.SIGKILL, kills)),
-                ("SIGINT", partial(signals, bench, signal.SIGINT, fewer)),
-                ("SIGTERM", partial(signals, bench, signal.SIGTERM, fewer)),
-                ("failing system calls", partial(disk_errors, bench, args.errors // len(args.formats))),
-                ("small disks", partial(full_disks, bench)),
-                ("two writers", partial(writers, bench, 2, args.rounds)),
-                ("eight writers", partial(writers, bench, 8, args.rounds)),
-                ("source removed", partial(vanishing_source, bench, args.rounds)),
-            ]
+        for subject, trial, steps in all_steps(Path(name), args):
             for title, step in steps:
                 start = time.perf_counter()
                 result = step()
                 result["seconds"] = round(time.perf_counter() - start, 1)
-                figures[f"{title}, {fmt}"] = result
-                print(f"{title}, {fmt}: {json.dumps(result)}", file=sys.stderr, flush=True)
-            figures[f"one conversion, {fmt}, s"] = round(bench.seconds, 3)
-    figures["seconds"] = round(time.perf_counter() - began, 1)
-    bad = ("mixed", "lost", "unloadable", "not resumed", "leftovers", "unexpected", "nobody won")
-    figures["bad"] = {
-        f"{title}: {key}": value[key]
-        for title, value in figures.items()
-        if isinstance(value, dict)
-        for key in bad
-        if value.get(key)
-    }
+                figures[f"{title}, {subject}"] = result
+                print(f"{title}, {subject}: {json.dumps(result)}", file=sys.stderr, flush=True)
+                save()  # what is measured stays when a later step is interrupted
+            figures[f"one run, {subject}, s"] = round(trial.seconds, 3)
+    save()
     print(json.dumps(figures, indent=1))
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=1))
     sys.exit(1 if figures["bad"] else 0)
 
 

@@ -59,7 +59,10 @@ def test_it_says_everything(tmp_path: Path) -> None:
         loaders=get_format("gptq").loaders,
         source_card=source,
         command="quantkit convert org/model --format gptq -o my-out",
-        revision="abc",
+        provenance={
+            "source": {"revision": "abc", "fingerprint": "f" * 64},
+            "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
+        },
     )
     head = header(card)
     assert head["base_model"] == "org/model" and head["quantized_by"] == "quantkit"

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import quantkit
 
@@ -54,6 +55,30 @@ def test_pins_are_plain(pins: dict[str, str]) -> None:
     assert all(re.fullmatch(r"[0-9][0-9a-z.]*", version) for version in pins.values())
     text = (ROOT / "constraints.txt").read_text(encoding="utf-8")
     assert not re.search(r"https?:|file:|@|/(opt|home|work)/", text)
+
+
+#: Package -> the first version without the vulnerabilities that SECURITY.md lists, and one that still has them.
+SAFE = {
+    "torch": ("2.10.0", "2.9.1"),
+    "transformers": ("5.5.0", "5.4.0"),
+    "jinja2": ("3.1.6", "3.1.5"),
+    "onnx": ("1.21.0", "1.20.1"),
+    "pyyaml": ("5.4", "5.3.1"),
+}
+
+
+def test_lower_bounds_exclude_known_vulnerabilities(project: dict[str, Any], pins: dict[str, str]) -> None:
+    texts = [*project["dependencies"], *(r for rs in project["optional-dependencies"].values() for r in rs)]
+    seen = set()
+    for requirement in map(Requirement, texts):
+        name = canonicalize_name(requirement.name)
+        if name in SAFE:
+            seen.add(name)
+            assert not requirement.specifier.contains(SAFE[name][1]), requirement
+            assert Version(pins[name]) >= Version(SAFE[name][0])
+    assert seen == SAFE.keys()
+    policy = (ROOT / "SECURITY.md").read_text(encoding="utf-8").lower()
+    assert all(f"{name} {safe}" in policy for name, (safe, _) in SAFE.items())
 
 
 def test_setup_pins_torch_first(pins: dict[str, str]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,8 @@ from tests_support import bitsandbytes_reads_straddling_blocks
 
 import quantkit
 from quantkit import peer_logits
-from quantkit.errors import CheckpointError, UsageError
+from quantkit.errors import CheckpointError, QuantkitError, UsageError
+from quantkit.manifest import InputHashes, is_sealed, sealed
 from quantkit.verify import Check, VerifyReport, cosine, fit_channels, relative_error, verify
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -82,7 +85,7 @@ def test_recorded_errors_are_compared(make: Callable[[str, str], Any], tmp_path:
     for change, ok in ((1.0, True), (1.5, False)):
         layers[0]["weight_error"] *= change
         manifest["provenance"]["layers"] = layers
-        (out / "quantkit_manifest.json").write_text(json.dumps(manifest))
+        (out / "quantkit_manifest.json").write_bytes(sealed(manifest))
         report = verify(out, against=source, loader="none")
         assert report.ok is ok
     assert "recorded" in checks(report)["layers"].detail
@@ -184,3 +187,72 @@ def test_channel_scales_are_fitted() -> None:
     zero = torch.zeros(4, 4)
     assert relative_error(zero, zero) == 0 and cosine(zero, zero) == 0
     assert torch.equal(fit_channels(zero, zero), zero)
+
+
+def test_one_flipped_bit_anywhere_is_found(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """By the whole of `verify`, in every file of a real conversion: weights, index, config, tokenizer, card, code
+    beside them, chat templates, and the manifest itself."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(tiny("llama"), source)
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool.jinja").write_text("{{ messages }}")
+    (source / "LICENSE").write_text("free")
+    quantkit.convert(source, out, format="nf4", max_shard_size="60KB")
+    files = [p for p in sorted(out.rglob("*")) if p.is_file()]
+    names = {str(p.relative_to(out)) for p in files}
+    assert {"README.md", "tokenizer.json", "LICENSE", "additional_chat_templates/tool.jinja"} <= names
+    assert {"quantkit_manifest.json", "model.safetensors.index.json"} <= names and len(names) > 9
+    assert verify(out, loader="none").ok
+    chance = random.Random(5)
+    for file in files:
+        original = file.read_bytes()
+        for _ in range(2):
+            bit = chance.randrange(8 * len(original))
+            spoiled = bytearray(original)
+            spoiled[bit // 8] ^= 1 << bit % 8
+            file.write_bytes(spoiled)
+            try:
+                found = not verify(out, loader="none").ok
+            except QuantkitError:  # damage that keeps the file from being read at all
+                found = True
+            assert found, (file, bit)
+        file.write_bytes(original)
+    assert verify(out, loader="none").ok
+
+
+def test_every_bit_of_a_manifest_counts() -> None:
+    data = sealed({"files": {"a": {"sha256": "00", "size": 7}}, "note": "é", "provenance": {"x": 1.5}})
+    assert is_sealed(data) and json.loads(data)["note"] == "é"
+    for bit in range(8 * len(data)):
+        spoiled = bytearray(data)
+        spoiled[bit // 8] ^= 1 << bit % 8
+        assert not is_sealed(bytes(spoiled)), bit
+    assert not is_sealed(b"{}\n") and not is_sealed(data + b"\n") and not is_sealed(data[:-1])
+
+
+def test_files_that_came_later_are_found(make: Callable[[str, str], Any], tmp_path: Path) -> None:
+    out = copy(make("nf4", "llama")[1], tmp_path / "out")
+    (out / ".cache").mkdir()
+    (out / ".cache" / "x").write_text("of the hub's client")
+    assert verify(out, loader="none").ok
+    (out / "modeling_evil.py").write_text("import os")
+    check = checks(verify(out, loader="none"))["files"]
+    assert check.ok is False and "modeling_evil.py is not in the manifest" in check.detail
+
+
+def test_inputs_are_hashed(make: Callable[[str, str], Any]) -> None:
+    source, out, _ = make("gptq", "llama")
+    manifest = json.loads((out / "quantkit_manifest.json").read_text())
+    inputs = manifest["provenance"]["inputs"]
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= inputs.keys()
+    for name, record in inputs.items():
+        data = (source / name).read_bytes()
+        assert record == {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
+    assert manifest["files"].keys() == {p.name for p in out.iterdir()} - {"quantkit_manifest.json"}
+
+
+def test_a_source_that_vanishes_while_it_is_hashed(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"x" * 3_000_000)
+    with InputHashes({"a": tmp_path / "a", "b": tmp_path / "gone"}) as hashes:
+        with pytest.raises(CheckpointError, match="gone"):
+            hashes.records()

@@ -89,8 +89,19 @@ def convert_command(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted conversion.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT if it exists.")] = False,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Refuse instead of falling back (odd shapes, unseen experts).")
+        bool,
+        typer.Option(
+            "--strict", help="Refuse what is warned about: odd shapes, unseen experts, large errors."
+        ),
     ] = False,
+    max_error: Annotated[
+        float | None,
+        typer.Option(
+            "--max-error",
+            metavar="SHARE",
+            help="Warn about layers whose weight error is larger; default: 2.5 times what rounding costs.",
+        ),
+    ] = None,
     as_json: Json = False,
     trust_remote_code: TrustRemoteCode = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
@@ -125,6 +136,7 @@ def convert_command(
         "dtype": dtype,
         "max_shard_size": max_shard_size,
         "revision": revision,
+        "max_error": max_error,
     }
     result = _convert(
         model,

@@ -179,6 +179,8 @@ def print_inspection(report: InspectReport, *, layers: bool = False) -> None:
     facts.append(("tokenizer", ", ".join(report.tokenizer) or "none"))
     facts.append(("chat template", "yes" if report.chat_template else "no"))
     for key, value in report.provenance.items():
+        if key == "inputs":
+            value = f"{len(value)} files, their sha256 with --json" if isinstance(value, dict) else None
         if key not in ("quantkit", "format", "options") and value not in (None, {}, []):
             facts.append((key.replace("_", " "), _plain(value)))
     out.print(_facts(facts))

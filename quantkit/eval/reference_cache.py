@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantkit.checkpoint import count_nonfinite
 from quantkit.errors import CheckpointError, DestinationError
 from quantkit.eval.perplexity import OnProgress
 from quantkit.eval.protocols import Protocol, Window
@@ -160,7 +161,14 @@ class CachedReference:
         if plain_file(path, self.folder).st_size != record["size"] or sha256_file(path) != record["sha256"]:
             raise CheckpointError(f"{show(path)} is not what {MANIFEST} says", hint="Delete the directory.")
         handle = open_safetensors(path)
-        return {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 -- not a mapping
+        tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 -- not a mapping
+        for key in ("hidden", "weight"):
+            if key in tensors and (bad := count_nonfinite(tensors[key])):
+                raise CheckpointError(
+                    f"Tensor {key} of {show(path)} has {bad} NaN or infinite values",
+                    hint="Delete the directory.",
+                )
+        return tensors
 
 
 def open_reference(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.calibration_data import json_rows
+from quantkit.calibration_data import check_size, json_rows
 from quantkit.errors import CalibrationError, UsageError, did_you_mean
 
 BUILTIN_TOKENS = 16384  # evaluated on the built-in text unless more are asked for
@@ -107,6 +107,9 @@ def _reader(source: str) -> tuple[Callable[[int | None], str], str, int | None]:
         )
     if path.is_dir():
         raise UsageError(f"evaluation text {source!r} is a directory", hint="Give a .txt or .jsonl file.")
+    if not path.is_file():  # a pipe would be waited for
+        raise UsageError(f"evaluation text {source!r} is no file", hint="Give a .txt or .jsonl file.")
+    check_size(path)
     if path.suffix.lower() in (".jsonl", ".ndjson"):
         return lambda limit: _jsonl(path, limit), path.name, None
     return lambda limit: _plain(path, limit), path.name, None

@@ -1,33 +1,27 @@
 """Publishing an export: a staging directory beside the destination, then one rename.
 
-The rules are those of `quantkit.publish` for checkpoints: one writer at a time, nothing at the destination
-until everything (the proof included) is done, an existing directory only with `overwrite`, and then only one
-that is an export, swapped atomically.
+The rules are those of `quantkit.publish` for checkpoints (`quantkit.staging.new_directory` keeps them): one
+writer at a time, nothing at the destination until everything (the proof included) is done and durable, an
+existing directory only with `overwrite`, and then only one that is an export, swapped atomically. The
+manifest MANIFEST marks a directory as an export, says how it was made, and has the sha256 of its files.
 """
 
 from __future__ import annotations
 
+import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from quantkit.checkpoint import EXPORT_MANIFEST as MANIFEST
 from quantkit.errors import DestinationError
-from quantkit.staging import (
-    Lock,
-    aside_path,
-    disk_errors,
-    disk_full,
-    fsync_dir,
-    remove,
-    replace_directory,
-    restore_aside,
-)
+from quantkit.manifest import sealed
+from quantkit.shards import sha256_file
+from quantkit.staging import new_directory
 from quantkit.untrusted import is_plain_name, show
 
-#: The file that marks a directory as an export and says how it was made.
-MANIFEST = "quantkit_export.json"
+__all__ = ["MANIFEST", "check_destination", "staged"]
 
 
 def check_destination(dest: Path, *, overwrite: bool, source: Path) -> None:
@@ -55,28 +49,22 @@ def staged(
 ) -> Iterator[Path]:
     """A directory to write into; on a clean exit it becomes `output`, on an error it goes."""
     dest = Path(os.path.realpath(Path(output).expanduser()))
-    check_destination(dest, overwrite=overwrite, source=source)
-    staging = dest.with_name(f".{dest.name}.quantkit-export")
-    with disk_errors(dest, need_bytes):
-        dest.parent.mkdir(parents=True, exist_ok=True)
-        lock = Lock(dest.with_name(f".{dest.name}.quantkit.lock"), dest)
-        try:
-            restore_aside(dest)
-            check_destination(dest, overwrite=overwrite, source=source)  # again, now that nobody else writes
-            remove(staging)  # what a killed export left
-            free = shutil.disk_usage(dest.parent).free
-            if need_bytes > free:
-                raise disk_full(dest, f": about {need_bytes} bytes needed, {free} free")
-            staging.mkdir()
-            yield staging
-            for file in staging.rglob("*"):
-                if file.is_file():
-                    with file.open("rb") as handle:
-                        os.fsync(handle.fileno())
-            fsync_dir(staging)
-            replace_directory(staging, dest)
-            remove(aside_path(dest))
-        finally:
-            if staging.exists():
-                remove(staging)
-            lock.release()
+    with new_directory(
+        dest,
+        lambda: check_destination(dest, overwrite=overwrite, source=source),
+        kind="export",
+        need_bytes=need_bytes,
+        finish=_seal,
+    ) as folder:
+        yield folder
+
+
+def _seal(folder: Path) -> None:
+    """Add the hashes of all files to the manifest, for `quantkit verify`."""
+    manifest = json.loads((folder / MANIFEST).read_bytes())
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    manifest["files"] = {
+        str(file.relative_to(folder)): {"sha256": sha256_file(file), "size": file.stat().st_size}
+        for file in files
+    }
+    (folder / MANIFEST).write_bytes(sealed(manifest))

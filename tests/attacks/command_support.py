@@ -9,7 +9,7 @@ import io
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -49,28 +49,41 @@ def quantkit_command(*arguments: object) -> tuple[int, str, str]:
     return code, out.getvalue(), err.getvalue()
 
 
+@contextlib.contextmanager
+def limited() -> Iterator[None]:
+    """Two CPU seconds and 300 MB above what is there, or an AssertionError."""
+    forget_peak()
+    base, start = memory("VmRSS"), time.process_time()
+    yield
+    seconds, peak = time.process_time() - start, memory("VmHWM") - base
+    # CPU seconds, not wall time: the limit is the program's, not that of a machine shared with other tests.
+    assert seconds < SECONDS, f"{seconds:.2f} s"
+    assert peak < MEGABYTES, f"{peak:.0f} MB"
+
+
+def check_line(line: str, words: list[str]) -> None:
+    """One printable line that has the words."""
+    assert "Traceback" not in line and line.isprintable() and len(line) < 2100, line
+    for word in words:
+        assert word in line, f"{word!r} is not in {line!r}"
+
+
 def refused(*arguments: object, words: list[str], destination: Path | None = None) -> str:
     """The one line with which a command refuses; asserts every promise about it."""
     before = tree_hash(destination) if destination else ""
     siblings = [p.name for p in destination.parent.iterdir()] if destination else []
-    forget_peak()
-    base, start = memory("VmRSS"), time.process_time()
-    code, out, err = quantkit_command(*arguments)
-    seconds, peak = time.process_time() - start, memory("VmHWM") - base
-    # CPU seconds, not wall time: the limit is the program's, not that of a machine shared with other tests.
-    assert seconds < SECONDS, f"{seconds:.2f} s: {err}"
-    assert peak < MEGABYTES, f"{peak:.0f} MB: {err}"
+    with limited():
+        code, out, err = quantkit_command(*arguments)
     assert code not in (0, 70), (code, out, err)
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and err.rstrip().endswith(errors[0]), err
-    assert "Traceback" not in err and errors[0].isprintable() and len(errors[0]) < 2100, err
-    for word in words:
-        assert word in errors[0], f"{word!r} is not in {errors[0]!r}"
+    assert "Traceback" not in err, err
+    check_line(errors[0], words)
     if destination is not None:
         assert tree_hash(destination) == before
         # What is found in the data while work is under way keeps the finished units for --resume.
         kept = {f".{destination.name}.quantkit-staging"}
-        assert {p.name for p in destination.parent.iterdir()} - kept == set(siblings)
+        assert {p.name for p in destination.parent.iterdir()} - kept == set(siblings) - kept
     return errors[0]
 
 

@@ -124,4 +124,7 @@ def test_what_a_format_writes_it_reads_back_exactly(
     # Scales may be stored in fewer bits than they were computed in; bf16 has 8, and zeros come on top.
     spread = weight.abs().amax().clamp_min(1e-30)
     assert float((ours - theirs).abs().max() / spread) < 2e-2
-    assert float((theirs - weight).abs().max() / spread) <= 1.01 + (name == "ternary")
+    # The smallest scale of float16 is 2**-24: weights below it (found at 2e-8) become 0 or one or two of such steps,
+    # and GPTQ's feedback chooses which. `convert` warns about such layers (tests/test_error_limits.py).
+    least = 2 * 2.0**-24 if name in ("gptq", "awq", "hqq") else 0.0
+    assert float((theirs - weight).abs().max()) <= (1.01 + (name == "ternary")) * float(spread) + least

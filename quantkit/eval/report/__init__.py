@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 from quantkit.errors import DestinationError, UsageError
 from quantkit.eval.results import EvalResult
+from quantkit.staging import new_directory
 from quantkit.untrusted import show
 
 FILES = ("report.html", "report.md", "report.json")
@@ -55,7 +54,8 @@ def write_report(
 ) -> Path:
     """Write the report files for `result` into `directory` and return the path of report.html.
 
-    Everything is rendered before the directory is touched. DestinationError as `check_destination`.
+    Everything is rendered before anything is written, and the directory appears or is replaced in one step.
+    DestinationError as `check_destination`.
     """
     from quantkit.eval.report.markdown import to_markdown
     from quantkit.eval.report.page import to_html
@@ -69,23 +69,12 @@ def write_report(
         "report.md": to_markdown(result, figures, title),
         "report.json": json.dumps(result.to_json(), indent=1, ensure_ascii=False) + "\n",
     }
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-        try:
-            for name, text in contents.items():
-                # half of a surrogate pair, from a hostile name, becomes its escape
-                (staging / name).write_bytes(text.encode("utf-8", "backslashreplace"))
-            (staging / FIGURES).mkdir()
-            for figure in figures:
-                (staging / FIGURES / f"{figure.id}.svg").write_text(plain_svg(figure.svg), encoding="utf-8")
-            path.mkdir(exist_ok=True)
-            shutil.rmtree(path / FIGURES, ignore_errors=True)
-            os.replace(staging / FIGURES, path / FIGURES)
-            for name in contents:
-                os.replace(staging / name, path / name)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-    except OSError as error:
-        raise DestinationError(f"{show(path)}: {error.strerror}", hint="Name another directory.") from None
+    dest = Path(os.path.realpath(path.expanduser()))
+    with new_directory(dest, lambda: check_destination(dest, overwrite), kind="report") as folder:
+        for name, text in contents.items():
+            # half of a surrogate pair, from a hostile name, becomes its escape
+            (folder / name).write_bytes(text.encode("utf-8", "backslashreplace"))
+        (folder / FIGURES).mkdir()
+        for figure in figures:
+            (folder / FIGURES / f"{figure.id}.svg").write_text(plain_svg(figure.svg), encoding="utf-8")
     return path / "report.html"
