@@ -45,6 +45,7 @@ from quantkit.report_types import to_plain
 __all__ = ["EvalResult", "EvalRow", "evaluate"]
 
 Checkpoint = str | os.PathLike[str]
+_FEW = 100  # scored tokens below which a warning says so
 CACHE_LIMIT = 20 << 30  # bytes that the caches of all references may take
 
 
@@ -56,7 +57,7 @@ def evaluate(
     tokens: int | None = None,
     protocol: str | Protocol = DEFAULT_PROTOCOL,
     window: int | None = None,
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "auto",
     dtype: torch.dtype | str | None = None,
     batch: int = 1,
     layers: bool = True,
@@ -81,6 +82,7 @@ def evaluate(
     data, tokens: the text ("builtin", "wikitext2", "c4", a file, a dataset id) and at most how much of it
         (default: 16384 tokens of "builtin", all of another).
     protocol, window: "gptq", "hqq", "llama.cpp", "lm-eval" or a `Protocol`; `window` tokens instead of its own.
+    device: "auto" takes the accelerator if there is one.
     batch: windows that run at once; logits of one batch are the largest thing in memory besides a model.
     layers: measure every quantized layer's output error (needs the reference). checks: passkey, copying and
         arithmetic. tasks, task_path, task_limit: lm-eval tasks by name (extra "eval"), a directory with
@@ -102,6 +104,9 @@ def evaluate(
     if batch < 1:
         raise UsageError(f"batch must be at least 1, not {batch}", hint="Leave it out.")
     plan = SpeedPlan() if speed is True else (speed or None)
+    from quantkit.convert import pick_device
+
+    where = str(pick_device(str(device)))
     if tasks:
         from quantkit.eval.tasks import check_tasks
 
@@ -111,7 +116,7 @@ def evaluate(
         tokens,
         protocol,
         window,
-        str(device),
+        where,
         dtype,
         batch,
         layers,
@@ -240,11 +245,12 @@ class _Run:
     def _bos(text: EvalText, protocol: Protocol) -> int | None:
         return text.prefix_token_id if protocol.prefix else text.bos_token_id
 
-    @staticmethod
-    def _named(found: Any, text: EvalText, protocol: Protocol) -> Any:
-        """Perplexity with lm-eval's figures where its protocol was asked for."""
+    def _named(self, found: Any, text: EvalText, protocol: Protocol) -> Any:
+        """Perplexity with lm-eval's figures where its protocol was asked for; a warning where it says little."""
         if protocol.prefix:
             found.per_text(text.words, text.utf8_bytes)
+        if found.tokens < _FEW:
+            self.warnings.append(f"only {found.tokens} tokens were scored: too few to judge by")
         return found
 
     # -- models -----------------------------------------------------------------------------------
