@@ -7,6 +7,7 @@ files. Text stays text. Figures are narrow, so that two fit side by side on a sc
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -174,7 +175,11 @@ def _pareto(result: EvalResult) -> Figure | None:
     axes.set_ylabel("mean KL, nats per token" if compared else "perplexity")
     axes.margins(0.16, 0.14)
     _plain_log_ticks(axes)
-    _label_points(figure, axes, [(row.size / 1e6, cost(row), name, _colour(i)) for i, row, name in rows])
+    steps = [(best[0].size / 1e6, cost(best[0]))] if len(best) > 1 else []
+    for row in best[1:]:
+        steps += [(row.size / 1e6, steps[-1][1]), (row.size / 1e6, cost(row))]
+    named = [(row.size / 1e6, cost(row), name, _colour(i)) for i, row, name in rows]
+    _label_points(figure, axes, named, steps)
     said = "KL divergence from the original's predictions" if compared else "Perplexity"
     caption = (
         f"{said} against size; down and left is better. Dotted: no checkpoint is both smaller and closer."
@@ -182,8 +187,13 @@ def _pareto(result: EvalResult) -> Figure | None:
     return Figure("pareto", "Quality against size", caption, _svg(figure, "quality against size"), "quality")
 
 
-def _label_points(figure: Any, axes: Any, points: Sequence[tuple[float, float, str, str]]) -> None:
-    """Names beside their points, each where it covers least of what is there already."""
+def _label_points(
+    figure: Any,
+    axes: Any,
+    points: Sequence[tuple[float, float, str, str]],
+    steps: Sequence[tuple[float, float]],
+) -> None:
+    """Names beside their points, each where it covers least of what is there already (`steps`: corners of a line)."""
     figure.draw_without_rendering()
     renderer = figure.canvas.get_renderer() if hasattr(figure.canvas, "get_renderer") else None
     if renderer is None:
@@ -191,6 +201,7 @@ def _label_points(figure: Any, axes: Any, points: Sequence[tuple[float, float, s
 
         renderer = FigureCanvasAgg(figure).get_renderer()
     taken = [axes.transData.transform((x, y)) for x, y, _, _ in points]
+    line = _along([axes.transData.transform(corner) for corner in steps])
     boxes: list[Any] = []
     frame = axes.get_window_extent(renderer)
     places = ((7, 5), (7, -9), (-7, 5), (-7, -9), (0, 9), (0, -14), (7, 16), (-7, 16), (7, -20), (-7, -20))
@@ -211,8 +222,9 @@ def _label_points(figure: Any, axes: Any, points: Sequence[tuple[float, float, s
             box = text.get_window_extent(renderer)
             overlap = sum(_overlap(box, other) for other in boxes)
             overlap += 60 * sum(
-                box.x0 - 2 < px < box.x1 + 2 and box.y0 - 2 < py < box.y1 + 2 for px, py in taken
+                box.x0 - 5 < px < box.x1 + 5 and box.y0 - 4 < py < box.y1 + 4 for px, py in taken
             )
+            overlap += 8 * sum(box.x0 < px < box.x1 and box.y0 < py < box.y1 for px, py in line)
             outside = max(0, frame.x0 - box.x0) + max(0, box.x1 - frame.x1) + max(0, frame.y0 - box.y0)
             score = overlap + 20 * outside + 0.1 * (abs(dx) + abs(dy))
             if best is None or score < best[0]:
@@ -223,6 +235,15 @@ def _label_points(figure: Any, axes: Any, points: Sequence[tuple[float, float, s
                 text.remove()
         assert best is not None
         boxes.append(best[1].get_window_extent(renderer))
+
+
+def _along(corners: Sequence[Any], step: float = 4.0) -> list[tuple[float, float]]:
+    """Points every `step` pixels on a line through `corners`."""
+    found = []
+    for (x0, y0), (x1, y1) in itertools.pairwise(corners):
+        count = max(1, int(math.hypot(x1 - x0, y1 - y0) / step))
+        found += [(x0 + (x1 - x0) * i / count, y0 + (y1 - y0) * i / count) for i in range(count)]
+    return found
 
 
 def _overlap(a: Any, b: Any) -> float:
