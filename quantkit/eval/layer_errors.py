@@ -145,7 +145,7 @@ def _hook(total: _Sums, source: SourceWeights, site: Site, fitted: bool) -> Any:
     return hook
 
 
-def _held(module: QuantLinear) -> dict[str, int]:
+def _held(module: QuantLinear) -> dict[str, Any]:
     """Width and group size that a layer's own tensors have; config.json need not say them for each layer."""
     encoding = module.packed.encoding
     return {"bits": encoding.bits, "group_size": encoding.group_size} if isinstance(encoding, Affine) else {}
