@@ -35,6 +35,7 @@ from quantkit.eval.reference_cache import (
     record_reference,
 )
 from quantkit.eval.results import EvalResult, EvalRow
+from quantkit.eval.scoring import model_positions
 from quantkit.eval.speed import SpeedPlan, measure_speed
 from quantkit.eval.text import EvalText, load_text
 from quantkit.eval.watch import watch
