@@ -168,6 +168,11 @@ def _check(fmt: Format, options: dict[str, Any], choices: Sequence[int], target:
             raise UsageError(f"format {fmt.name} cannot mix widths: {problem}", hint="Use other options.")
     if not (math.isfinite(target) and 0 < target <= 32):
         raise UsageError(f"{target} bits per weight are no target", hint="Example: --target-bits 4.25.")
+    if target < min(choices):  # scales come on top; the exact least is known after the conversions
+        raise UsageError(
+            f"{target:g} bits per weight are too few: the smallest width offered is {min(choices)}",
+            hint="Ask for more, or offer smaller --bits.",
+        )
     return options
 
 

@@ -149,6 +149,7 @@ def sweep(
     made = _jobs(os.fspath(source), folder, settings, dict(convert or {}), evaluate)
     progress = progress or NullProgress()
     with _ranks() as (rank, world):
+        before = [job.setting.name for job in made if read_row(Path(f"{job.out}.json"), job.key) is not None]
         if rank == 0:
             reference = _reference(os.fspath(source), evaluate, progress)
         _barrier(world)
@@ -156,6 +157,10 @@ def sweep(
         failed = _gather(failed, world)
         if rank != 0:
             return None
+    if before and evaluate.get("speed"):
+        reference.warnings.append(
+            f"the speed of {', '.join(before)} was measured in an earlier run than the original's"
+        )
     return _finish(reference, made, failed, Path(report) if report else folder / "report", commands)
 
 
@@ -314,6 +319,12 @@ def read_row(path: Path, key: str) -> Any:
         return None
 
 
+def _warnings(path: Path) -> list[str]:
+    """What the evaluation stored at `path` warned of."""
+    found = read_json(path, path.parent.resolve()).get("warnings")
+    return [text for text in found if isinstance(text, str)] if isinstance(found, list) else []
+
+
 def _finish(
     reference: Any, jobs: list[_Job], failed: dict[str, str], report: Path, commands: Sequence[str]
 ) -> Any:
@@ -325,6 +336,9 @@ def _finish(
         row = read_row(Path(f"{job.out}.json"), job.key)
         if row is not None and job.setting.name not in failed:
             result.rows.append(row)
+            result.warnings += [
+                text for text in _warnings(Path(f"{job.out}.json")) if text not in result.warnings
+            ]
     for name, why in failed.items():
         result.warnings.append(f"{name} failed: {why}")
     write_report(result, report, overwrite=True)

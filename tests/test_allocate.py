@@ -139,6 +139,7 @@ def test_what_is_refused(tiny: Callable[..., Path], tmp_path: Path) -> None:
         ({"choices": (5,)}, "option bits is 5"),
         ({"target_bits": float("nan")}, "no target"),
         ({"target_bits": 0}, "no target"),
+        ({"target_bits": 1.9}, "too few: the smallest width offered is 2"),
         ({"options": {"group": 3}}, "no option 'group'"),
     ):
         with pytest.raises(UsageError, match=message):

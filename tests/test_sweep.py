@@ -16,6 +16,7 @@ import quantkit
 from quantkit.cli.app import run
 from quantkit.errors import UsageError
 from quantkit.eval.results import EvalResult, EvalRow, from_plain
+from quantkit.eval.speed import SpeedPlan
 from quantkit.sweep import SweepError, parse_setting, parse_settings, read_row, sweep
 
 pytest.importorskip("matplotlib")
@@ -87,6 +88,21 @@ def test_a_sweep(tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.
     result = sweep(tiny("llama"), "hqq:4,nf4", tmp_path / "s", convert={"skip": ["*.0.*"]}, **QUICK)
     assert seen == ["hqq-4", "nf4"]  # other options of the conversion: made anew
     assert (tmp_path / "s" / "hqq-4.json").stat().st_mtime_ns != times["hqq-4.json"]
+
+
+def test_speed_of_an_earlier_run_is_named(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    plan = SpeedPlan(contexts=(16,), new_tokens=2, runs=1, bandwidth_bytes=1 << 20)
+    result = sweep(tiny("llama"), "nf4", tmp_path / "s", speed=plan, **QUICK)
+    assert all(row.speed for row in result.rows) and not any("earlier run" in w for w in result.warnings)
+    result = sweep(tiny("llama"), "nf4,hqq:4", tmp_path / "s", speed=plan, **QUICK)
+    assert "the speed of nf4 was measured in an earlier run than the original's" in result.warnings
+    stored = json.loads((tmp_path / "s" / "hqq-4.json").read_text())
+    stored["warnings"].append("a layer was not compared")
+    (tmp_path / "s" / "hqq-4.json").write_text(json.dumps(stored))
+    assert (
+        "a layer was not compared"
+        in sweep(tiny("llama"), "hqq:4", tmp_path / "s", speed=plan, **QUICK).warnings
+    )
 
 
 def test_it_goes_on_after_an_interruption(

@@ -13,7 +13,9 @@ import typer
 from quantkit.cli.convert import Debug, Json, TrustRemoteCode
 from quantkit.cli.guard import command_line, guarded
 
-Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, xpu, ...")]
+Device = Annotated[
+    str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, xpu, ...; auto: the accelerator if any.")
+]
 Reference = Annotated[
     str | None, typer.Option(metavar="SOURCE", help="The unquantized model: adds KL divergence to it.")
 ]
@@ -68,7 +70,7 @@ def eval_command(
         str | None,
         typer.Option(metavar="DIR", help="Where the reference's predictions are kept; `none`: nowhere."),
     ] = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     dtype: Dtype = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,

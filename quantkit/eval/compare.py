@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from quantkit.errors import CheckpointError, QuantkitError, UsageError
+from quantkit.eval.checkpoint_facts import fingerprint, new_row, positions, restore_checks
 from quantkit.eval.checks import run_checks
 from quantkit.eval.divergence import divergence, perplexity_of_cached
 from quantkit.eval.environment import checkpoint_hash, environment
@@ -33,7 +34,7 @@ from quantkit.eval.reference_cache import (
     prune,
     record_reference,
 )
-from quantkit.eval.results import CheckScore, EvalResult, EvalRow, from_plain
+from quantkit.eval.results import EvalResult, EvalRow
 from quantkit.eval.scoring import model_positions
 from quantkit.eval.speed import SpeedPlan, measure_speed
 from quantkit.eval.text import EvalText, load_text
@@ -45,6 +46,7 @@ from quantkit.report_types import to_plain
 __all__ = ["EvalResult", "EvalRow", "evaluate"]
 
 Checkpoint = str | os.PathLike[str]
+_FEW = 100  # scored tokens below which a warning says so
 CACHE_LIMIT = 20 << 30  # bytes that the caches of all references may take
 
 
@@ -56,7 +58,7 @@ def evaluate(
     tokens: int | None = None,
     protocol: str | Protocol = DEFAULT_PROTOCOL,
     window: int | None = None,
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "auto",
     dtype: torch.dtype | str | None = None,
     batch: int = 1,
     layers: bool = True,
@@ -81,6 +83,7 @@ def evaluate(
     data, tokens: the text ("builtin", "wikitext2", "c4", a file, a dataset id) and at most how much of it
         (default: 16384 tokens of "builtin", all of another).
     protocol, window: "gptq", "hqq", "llama.cpp", "lm-eval" or a `Protocol`; `window` tokens instead of its own.
+    device: "auto" takes the accelerator if there is one.
     batch: windows that run at once; logits of one batch are the largest thing in memory besides a model.
     layers: measure every quantized layer's output error (needs the reference). checks: passkey, copying and
         arithmetic. tasks, task_path, task_limit: lm-eval tasks by name (extra "eval"), a directory with
@@ -102,6 +105,9 @@ def evaluate(
     if batch < 1:
         raise UsageError(f"batch must be at least 1, not {batch}", hint="Leave it out.")
     plan = SpeedPlan() if speed is True else (speed or None)
+    from quantkit.convert import pick_device
+
+    where = str(pick_device(str(device)))
     if tasks:
         from quantkit.eval.tasks import check_tasks
 
@@ -111,7 +117,7 @@ def evaluate(
         tokens,
         protocol,
         window,
-        str(device),
+        where,
         dtype,
         batch,
         layers,
@@ -164,7 +170,7 @@ class _Run:
         base = against or paths[0]
         texts = self._texts(base, paths, compared=against is not None)
         candidates = [path for path in paths if path != against]
-        limits = [n for path in ([against] if against else paths[:1]) if (n := _positions(path))]
+        limits = [n for path in ([against] if against else paths[:1]) if (n := positions(path))]
         protocol, remark = resolve_protocol(
             self.protocol, min(limits, default=None), len(texts[base].ids), self.window
         )
@@ -240,11 +246,12 @@ class _Run:
     def _bos(text: EvalText, protocol: Protocol) -> int | None:
         return text.prefix_token_id if protocol.prefix else text.bos_token_id
 
-    @staticmethod
-    def _named(found: Any, text: EvalText, protocol: Protocol) -> Any:
-        """Perplexity with lm-eval's figures where its protocol was asked for."""
+    def _named(self, found: Any, text: EvalText, protocol: Protocol) -> Any:
+        """Perplexity with lm-eval's figures where its protocol was asked for; a warning where it says little."""
         if protocol.prefix:
             found.per_text(text.words, text.utf8_bytes)
+        if found.tokens < _FEW:
+            self.warnings.append(f"only {found.tokens} tokens were scored: too few to judge by")
         return found
 
     # -- models -----------------------------------------------------------------------------------
@@ -283,7 +290,7 @@ class _Run:
         """The reference's row, its perplexity still missing, and its predictions, cached ones if they fit."""
         bos = self._bos(text, protocol)
         key = cache_key(
-            _fingerprint(path),
+            fingerprint(path),
             text.ids,
             protocol,
             bos,
@@ -296,7 +303,7 @@ class _Run:
             cached = open_reference(place, key, self.device)
         except CheckpointError as error:
             self.warnings.append(f"cached predictions are made again: {error.what}")
-        row = _row(path, facts, None, is_reference=True)
+        row = new_row(path, facts, None, is_reference=True)
         wanted = self.checks and "checks" not in (cached.extra if cached else {})
         wanted = self.reference_row and (wanted or bool(self.speed) or bool(self.tasks))
         if cached is None or wanted:
@@ -320,7 +327,7 @@ class _Run:
                     add_extra(cached, checks=to_plain(row.checks))
             prune(folder, place, CACHE_LIMIT)
         elif self.checks and "checks" in cached.extra:
-            row.checks = _restore_checks(cached.extra["checks"])
+            row.checks = restore_checks(cached.extra["checks"])
         if self.hashes:
             row.sha256 = checkpoint_hash(path)
         return row, cached
@@ -336,7 +343,7 @@ class _Run:
     ) -> EvalRow:
         bos = self._bos(text, protocol)
         with self._model(path) as (model, seconds):
-            row = _row(path, facts, seconds)
+            row = new_row(path, facts, seconds)
             limit = model_positions(model)
             if cached is None and limit is not None and limit < protocol.fed:
                 protocol, _ = resolve_protocol(self.protocol, limit, len(text.ids), self.window)
@@ -406,41 +413,3 @@ class _Run:
         if self.speed:
             self.progress.stage(f"speed of {path}")
             row.speed = measure_speed(model, self.speed, load_seconds=row.load_seconds or 0.0)
-
-
-def _restore_checks(values: Any) -> list[CheckScore]:
-    try:
-        return [from_plain(CheckScore, value) for value in values]
-    except (TypeError, ValueError):
-        raise CheckpointError("the cached checks are damaged", hint="Delete the cache directory.") from None
-
-
-def _fingerprint(path: str) -> str:
-    from quantkit.checkpoint import CheckpointReader
-    from quantkit.hub import resolve_model
-
-    with CheckpointReader(resolve_model(path)) as reader:
-        return reader.fingerprint()
-
-
-def _positions(path: str) -> int | None:
-    """Positions that config.json gives, before a model is built."""
-    from quantkit.checkpoint import CheckpointReader
-    from quantkit.hub import resolve_model
-
-    with CheckpointReader(resolve_model(path)) as reader:
-        scopes = (reader.config, reader.config.get("text_config"))
-    for scope in scopes:
-        for key in ("max_position_embeddings", "n_positions"):
-            value = scope.get(key) if isinstance(scope, dict) else None
-            if isinstance(value, int) and value > 1:
-                return value
-    return None
-
-
-def _row(path: str, facts: Any, seconds: float | None, is_reference: bool = False) -> EvalRow:
-    bits = facts.bits_per_weight if facts.bits_per_weight is not None else facts.bits_per_weight_model
-    row = EvalRow(path, facts.format, bits, facts.bits_per_weight_model, facts.size, None)  # type: ignore[arg-type]
-    row.options = {k: v for k, v in facts.options.items() if v is not None}
-    row.load_seconds, row.is_reference = seconds, is_reference
-    return row

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.checkpoint import CheckpointReader
-from quantkit.encoding import dequantize
+from quantkit.encoding import Affine, dequantize
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.eval.results import LayerError
 from quantkit.eval.scoring import Scorer
@@ -37,7 +37,7 @@ _WINDOW = 512
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _WORST = 5  # layers that get advice
 _NEXT_BITS = {1: 2, 2: 3, 3: 4, 4: 8}
-_SMALLEST_GROUP = 16
+_SMALLEST_GROUP, _LARGEST_GROUP = 16, 128
 
 
 @dataclass
@@ -119,6 +119,7 @@ def layer_errors(
                     relative=(total.difference / total.norm) ** 0.5,
                     cosine=total.cosine / total.tokens,
                     tokens=total.tokens,
+                    **_held(modules[name]),
                 )
             )
     return found
@@ -144,6 +145,12 @@ def _hook(total: _Sums, source: SourceWeights, site: Site, fitted: bool) -> Any:
     return hook
 
 
+def _held(module: QuantLinear) -> dict[str, Any]:
+    """Width and group size that a layer's own tensors have; config.json need not say them for each layer."""
+    encoding = module.packed.encoding
+    return {"bits": encoding.bits, "group_size": encoding.group_size} if isinstance(encoding, Affine) else {}
+
+
 def _kind(name: str) -> str:
     """ "model.layers.3.mlp.down_proj" -> "mlp.down_proj"; experts' numbers become "*"."""
     tail = re.sub(r"^.*?\.\d+\.", "", name, count=1)
@@ -158,11 +165,19 @@ def advise(layers: list[LayerError], checkpoint: str, count: int = _WORST) -> No
         if found is None:
             return
         for layer in sorted(layers, key=lambda one: -one.relative)[:count]:
-            own = found.config.config_for(layer.name)
+            own = _own(found.config.config_for(layer.name), layer)
             members = _fused_names(layer.name, found.layers)
             changes = _changes(found.layout.name, found.config.config, own)
             layer.advice = [f"--override {shlex.quote(f'{members}:{change}')}" for change in changes]
             layer.advice.append(f"--skip {shlex.quote(members)}")
+
+
+def _own(config: Any, layer: LayerError) -> Any:
+    """`config` with the width and group size that the layer's codes have. config.json says what was asked for: hqq's
+    once per kind of layer, others' without the groups that an odd shape got."""
+    held = {"bits": layer.bits, "group_size": layer.group_size}
+    known = {key: value for key, value in held.items() if value is not None and hasattr(config, key)}
+    return config.model_copy(update=known) if known else config
 
 
 def _fused_names(name: str, names: Mapping[str, object]) -> str:
@@ -196,13 +211,19 @@ def _changes(layout: str, default: Any, own: Any) -> list[str]:
             break
     for key in ("group_size", "block_size"):
         size = getattr(own, key, None)
-        if isinstance(size, int) and size != 0:
-            smaller = 128 if size < 0 else size // 2
-            if smaller >= _SMALLEST_GROUP:
-                tried.append({key: smaller})
+        if isinstance(size, int) and size != 0 and (smaller := _smaller(size)) >= _SMALLEST_GROUP:
+            tried.append({key: smaller})
     accepted = [change for change in tried if _accepted(fmt, default, own, change)]
     best = [next((c for c in accepted if key in c), None) for key in ("bits", "group_size", "block_size")]
     return [",".join(f"{k}={v}" for k, v in change.items()) for change in best if change]
+
+
+def _smaller(size: int) -> int:
+    """The largest power of two below a group's size that cuts it evenly, at most 128 (-1: a whole row)."""
+    if size < 0:
+        return _LARGEST_GROUP
+    even = size & -size
+    return min(even if even < size else size // 2, _LARGEST_GROUP)
 
 
 def _accepted(fmt: Any, default: Any, own: Any, change: dict[str, Any]) -> bool:

@@ -59,6 +59,8 @@ class LayerError(Report):
     cosine: float  # mean over tokens of the cosine between W x and W_hat x
     tokens: int
     advice: list[str] = field(default_factory=list)  # flags of `quantkit convert`, best first
+    bits: int | None = None  # the layer's own width and group size, where its codes are integers in groups
+    group_size: int | None = None
 
 
 @dataclass

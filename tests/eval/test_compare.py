@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import quantkit
-from quantkit.errors import CalibrationError, UsageError
+from quantkit.errors import CalibrationError, CheckpointError, UsageError
 from quantkit.eval import protocols
 from quantkit.eval.compare import EvalResult
 from quantkit.eval.table import with_error
@@ -104,6 +104,10 @@ def test_what_is_refused_before_a_model_is_loaded(
         quantkit.evaluate(source, protocol="perplexed")
     with pytest.raises(UsageError, match="no checkpoint"):
         quantkit.evaluate([])
+    with pytest.raises(UsageError, match="device 'cudda' is not available"):
+        quantkit.evaluate(source, device="cudda")
+    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
+        quantkit.evaluate(Path(__file__).parent)
     with pytest.raises(UsageError, match="batch"):
         quantkit.evaluate(source, batch=0)
     with pytest.raises(UsageError, match="does not exist"):
@@ -112,6 +116,29 @@ def test_what_is_refused_before_a_model_is_loaded(
         quantkit.evaluate(source, protocol="llama.cpp", tokens=100)
     with pytest.raises(UsageError, match="positions"):
         quantkit.evaluate(source, protocol=protocols.gptq(4096), tokens=5000)
+
+
+def test_a_tiny_text(pair: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    """Shorter than one window: the window shrinks, the table says so, and says that it means little."""
+    source, made = pair
+    (tmp_path / "tiny.txt").write_text("Hi.")
+    result = quantkit.evaluate(made[0], source, data=tmp_path / "tiny.txt", layers=False, checks=False)
+    assert result.rows[1].divergence is not None and result.rows[1].perplexity.tokens == 2
+    assert result.warnings[0].startswith("protocol gptq: windows of 3 instead of 2048")
+    assert "only 2 tokens were scored: too few to judge by" in result.warnings
+    (tmp_path / "one.txt").write_text("H")
+    with pytest.raises(CalibrationError, match=r"one\.txt gives 1 tokens"):
+        quantkit.evaluate(source, data=tmp_path / "one.txt")
+
+
+def test_no_tokenizer_at_all(pair: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(pair[0], bare)
+    for file in bare.glob("token*"):
+        file.unlink()
+    with pytest.raises(CheckpointError, match="no usable tokenizer") as caught:
+        quantkit.evaluate(bare, tokens=300)
+    assert caught.value.hint and "\n" not in str(caught.value)
 
 
 def test_errors_are_rounded_with_their_value() -> None:

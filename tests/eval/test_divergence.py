@@ -34,9 +34,9 @@ def pair(tiny: Callable[..., Path]) -> tuple[Any, Any]:
     return models[0], models[1]
 
 
-def directly(pair: tuple[Any, Any], seqlen: int) -> tuple[Tensor, Tensor, Tensor]:
-    """KL per token, same top-1 per token and log ratio of the target's probabilities, float64."""
-    kl, same, shift = [], [], []
+def directly(pair: tuple[Any, Any], seqlen: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Per token, in float64: KL, same top-1, log ratio and difference of the target's probabilities."""
+    kl, same, shift, change = [], [], [], []
     for start in range(0, len(TEXT) - seqlen + 1, seqlen):
         ids = TEXT[start : start + seqlen]
         with torch.no_grad():
@@ -44,14 +44,15 @@ def directly(pair: tuple[Any, Any], seqlen: int) -> tuple[Tensor, Tensor, Tensor
         kl.append((logp.exp() * (logp - logq)).sum(-1))
         same.append((logp.argmax(-1) == logq.argmax(-1)).double())
         shift.append((logp - logq).gather(1, ids[1:, None])[:, 0])
-    return torch.cat(kl), torch.cat(same), torch.cat(shift)
+        change.append((logq.exp() - logp.exp()).gather(1, ids[1:, None])[:, 0])
+    return torch.cat(kl), torch.cat(same), torch.cat(shift), torch.cat(change)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_against_float64(pair: tuple[Any, Any], batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scoring, "_CHUNK", 256 * 10)
     found = divergence(*pair, TEXT, protocols.gptq(60), batch=batch)
-    kl, same, shift = directly(pair, 60)
+    kl, same, shift, change = directly(pair, 60)
     assert found.tokens == len(kl) == 5 * 59
     assert found.kl_mean == pytest.approx(float(kl.mean()), rel=1e-4)
     assert found.kl_stderr == pytest.approx(float(kl.std()) / math.sqrt(len(kl)), rel=1e-4)
@@ -68,6 +69,11 @@ def test_against_float64(pair: tuple[Any, Any], batch: int, monkeypatch: pytest.
     assert found.ppl_ratio_stderr == pytest.approx(
         found.ppl_ratio * float(shift.std()) / math.sqrt(len(kl)), rel=1e-4
     )
+    assert found.rms_dp == pytest.approx(float(change.square().mean().sqrt()), rel=1e-4)
+    error = float(change.square().std()) / math.sqrt(
+        len(kl)
+    )  # of the mean square; of its root by the delta method
+    assert found.rms_dp_stderr == pytest.approx(error / (2 * found.rms_dp), rel=1e-4)
 
 
 def test_perplexities_are_those_of_perplexity(pair: tuple[Any, Any]) -> None:

@@ -16,6 +16,7 @@ from quantkit.cli.app import run
 from quantkit.encoding import dequantize
 from quantkit.errors import UsageError
 from quantkit.eval.layer_errors import SourceWeights, advise, layer_errors
+from quantkit.eval.results import LayerError
 from quantkit.linear import QuantLinear
 from quantkit.load import load
 from quantkit.options import parse_override
@@ -127,6 +128,63 @@ def test_advice_is_accepted_as_printed(
             assert all(f'"{key}": {value}' in out for key, value in changes.items())
         hit = [layer for layer in advised if text in layer.advice]
         assert hit and all(matches(pattern, layer.name) for layer in hit)
+
+
+def measured(source: Path, made_at: Path, fmt: str) -> dict[str, LayerError]:
+    with SourceWeights(str(source)) as weights:
+        found = layer_errors(load(made_at, dtype=torch.float32), weights, IDS, layout=fmt)
+    advise(found, str(made_at))
+    return {layer.name: layer for layer in found}
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_advice_helps(
+    tiny: Callable[..., Path], made: Callable[[str, str], Path], tmp_path: Path, fmt: str, capsys: Any
+) -> None:
+    """Every printed flag, given to `convert` as printed, lowers the error of the layers it is for. The first advice of
+    all layers goes into one conversion, then the second, then the third."""
+    source = tiny("llama")
+    before = measured(source, made("llama", fmt), fmt)
+    advised = {name: layer.advice for name, layer in before.items() if layer.advice}
+    settings = [word for key, value in FORMATS[fmt].items() for word in ("--set", f"{key}={value}")]
+    tried = 0
+    for rank in range(max(map(len, advised.values()))):
+        texts = {name: advice[rank] for name, advice in advised.items() if rank < len(advice)}
+        flags = [word for text in sorted(set(texts.values())) for word in shlex.split(text)]
+        out = tmp_path / str(rank)
+        asked = ["--samples", "4", "--seqlen", "32", *settings, *flags]
+        code = run(["convert", str(source), "--format", fmt, "-o", str(out), *asked])
+        assert code == 0, capsys.readouterr().err
+        after = measured(source, out, fmt)
+        for name, text in texts.items():
+            tried += 1
+            if text.startswith("--skip"):
+                assert name not in after, text
+            else:
+                assert after[name].relative < 0.9 * before[name].relative, text
+    assert tried == 5 * {"gptq": 3, "hqq": 3, "nf4": 2}.get(fmt, 1)  # the others mix nothing: --skip
+
+
+def test_advice_starts_from_a_layers_own_width(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """hqq's config.json has one width and group size per kind of layer; the tensors know better."""
+    quantkit.convert(
+        tiny("llama"),
+        tmp_path / "mixed",
+        format="hqq",
+        options={"bits": 3, "group_size": 64},
+        overrides=[
+            ("model.layers.0.mlp.down_proj", {"bits": 1, "group_size": 32}),
+            ("model.layers.1.mlp.down_proj", {"bits": 4, "group_size": 96}),
+        ],
+    )
+    found = measured(tiny("llama"), tmp_path / "mixed", "hqq")
+    advise(list(found.values()), str(tmp_path / "mixed"), count=len(found))
+    low, high = (found[f"model.layers.{n}.mlp.down_proj"] for n in (0, 1))
+    assert (low.bits, low.group_size) == (1, 32) and (high.bits, high.group_size) == (4, 96)
+    assert low.advice[:2] == [f"--override {low.name}:{change}" for change in ("bits=2", "group_size=16")]
+    assert high.advice[:2] == [f"--override {high.name}:{change}" for change in ("bits=8", "group_size=32")]
+    other = found["model.layers.0.self_attn.o_proj"]
+    assert other.bits == 3 and other.advice[0].endswith(":bits=4")
 
 
 def test_advice_keeps_fused_layers_alike(tiny: Callable[..., Path], made: Callable[[str, str], Path]) -> None:

@@ -104,6 +104,28 @@ def test_rolling_loglikelihood_is_the_harness_s(harness: Any, name: str) -> None
 
 
 @pytest.mark.peer
+@pytest.mark.parametrize(("protocol", "context"), [(protocols.gptq(256), 1), (protocols.llama_cpp(256), 129)])
+def test_windows_scored_by_the_harness(harness: Any, protocol: Any, context: int) -> None:
+    """The protocols that lm-eval does not have, from the harness's log-likelihoods of their windows."""
+    from quantkit.eval.tasks import harness_model
+
+    source = EXAMPLES / "pydoc-llama-7m"
+    model, tokenizer = load(source, dtype="float32"), load_tokenizer(source)
+    found = load_text("builtin", tokenizer, 1300)
+    wrapped = harness_model(model, tokenizer, batch=2)
+    requests = []
+    for start in range(0, 1300 - 255, 256):
+        window = found.ids[start : start + 256].tolist()
+        if protocol.bos:
+            window[0] = tokenizer.bos_token_id
+        requests.append((("", str(start)), window[:context], window[context:]))
+    theirs = [total for total, _ in wrapped._loglikelihood_tokens(requests, disable_tqdm=True)]
+    ours = perplexity(model, found.ids, protocol, bos_token_id=found.bos_token_id)
+    assert ours.tokens == len(requests) * (256 - context)
+    assert ours.ppl == pytest.approx(math.exp(-sum(theirs) / ours.tokens), rel=1e-6)
+
+
+@pytest.mark.peer
 def test_word_and_byte_perplexity(harness: Any, task_files: Path) -> None:
     """`--protocol lm-eval` against the harness's own task on the same single document: 1e-4 relative."""
     source = EXAMPLES / "pydoc-llama-7m"

@@ -58,8 +58,17 @@ def _table(table: Table) -> str:
     lines.append(
         "|" + "|".join("---" if i in table.text else "---:" for i in range(len(table.headings))) + "|"
     )
-    lines += ["| " + " | ".join(escape(cell) for cell in row) + " |" for row in table.rows]
+    lines += ["| " + " | ".join(_cell(cell) for cell in row) + " |" for row in table.rows]
     return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    value, line, small = text.partition("\n")
+    if not line:
+        return escape(text)
+    return (
+        f"{escape(value)} {escape(small)}" if small.startswith("±") else f"{escape(value)} ({escape(small)})"
+    )
 
 
 def _figures(figures: Sequence[Figure], section: str) -> list[str]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantkit.eval.divergence import QUANTILES
+from quantkit.eval.report.plot_labels import label_points
 from quantkit.eval.report.verdict import cost, display_names, front
 from quantkit.eval.results import EvalResult, EvalRow
 from quantkit.eval.table import number
@@ -174,59 +175,16 @@ def _pareto(result: EvalResult) -> Figure | None:
     axes.set_ylabel("mean KL, nats per token" if compared else "perplexity")
     axes.margins(0.16, 0.14)
     _plain_log_ticks(axes)
-    _label_points(figure, axes, [(row.size / 1e6, cost(row), name, _colour(i)) for i, row, name in rows])
+    steps = [(best[0].size / 1e6, cost(best[0]))] if len(best) > 1 else []
+    for row in best[1:]:
+        steps += [(row.size / 1e6, steps[-1][1]), (row.size / 1e6, cost(row))]
+    named = [(row.size / 1e6, cost(row), _brief(name, 28), _colour(i)) for i, row, name in rows]
+    label_points(figure, axes, named, steps)
     said = "KL divergence from the original's predictions" if compared else "Perplexity"
     caption = (
         f"{said} against size; down and left is better. Dotted: no checkpoint is both smaller and closer."
     )
     return Figure("pareto", "Quality against size", caption, _svg(figure, "quality against size"), "quality")
-
-
-def _label_points(figure: Any, axes: Any, points: Sequence[tuple[float, float, str, str]]) -> None:
-    """Names beside their points, each where it covers least of what is there already."""
-    figure.draw_without_rendering()
-    renderer = figure.canvas.get_renderer() if hasattr(figure.canvas, "get_renderer") else None
-    if renderer is None:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-        renderer = FigureCanvasAgg(figure).get_renderer()
-    taken = [axes.transData.transform((x, y)) for x, y, _, _ in points]
-    boxes: list[Any] = []
-    frame = axes.get_window_extent(renderer)
-    places = ((7, 5), (7, -9), (-7, 5), (-7, -9), (0, 9), (0, -14), (7, 16), (-7, 16), (7, -20), (-7, -20))
-    for x, y, name, colour in points:
-        best: tuple[float, Any] | None = None
-        for dx, dy in places:
-            side = "left" if dx > 0 else "right" if dx < 0 else "center"
-            text = axes.annotate(
-                _brief(name, 28),
-                (x, y),
-                xytext=(dx, dy),
-                textcoords="offset points",
-                ha=side,
-                color=colour,
-                fontsize=8.5,
-                fontweight="bold",
-            )
-            box = text.get_window_extent(renderer)
-            overlap = sum(_overlap(box, other) for other in boxes)
-            overlap += 60 * sum(
-                box.x0 - 2 < px < box.x1 + 2 and box.y0 - 2 < py < box.y1 + 2 for px, py in taken
-            )
-            outside = max(0, frame.x0 - box.x0) + max(0, box.x1 - frame.x1) + max(0, frame.y0 - box.y0)
-            score = overlap + 20 * outside + 0.1 * (abs(dx) + abs(dy))
-            if best is None or score < best[0]:
-                if best is not None:
-                    best[1].remove()
-                best = (score, text)
-            else:
-                text.remove()
-        assert best is not None
-        boxes.append(best[1].get_window_extent(renderer))
-
-
-def _overlap(a: Any, b: Any) -> float:
-    return max(0.0, min(a.x1, b.x1) - max(a.x0, b.x0)) * max(0.0, min(a.y1, b.y1) - max(a.y0, b.y0))
 
 
 def _plain_log_ticks(axes: Any) -> None:

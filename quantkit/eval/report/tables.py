@@ -6,15 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from quantkit.eval.report.verdict import display_names
-from quantkit.eval.results import EvalResult, EvalRow
+from quantkit.eval.results import EvalResult, EvalRow, SpeedPoint
 from quantkit.eval.table import number, with_error
 from quantkit.progress import size
 from quantkit.untrusted import show
 
+_NARROW = "\N{NARROW NO-BREAK SPACE}"
+
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells; the first column is a name, the others are numbers unless `text` says so."""
+    """Rows of cells; the first column is a name, the others are numbers unless `text` says so. A second line of a
+    cell is small print."""
 
     headings: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
@@ -26,7 +29,15 @@ def summary(result: EvalResult) -> Table:
     compared = any(row.divergence is not None for row in result.rows)
     headings = ["checkpoint", "format", "bits per weight", "size", "perplexity"]
     if compared:
-        headings += ["ppl ratio", "KL mean", "KL median", "KL 99 %", "KL 99.9 %", "same top-1", "RMS Δp"]
+        headings += [
+            "ppl ratio",
+            "KL mean",
+            "KL median",
+            f"KL 99{_NARROW}%",
+            f"KL 99.9{_NARROW}%",
+            "same top-1",
+            f"RMS{_NARROW}Δp",
+        ]
     rows: list[tuple[str, ...]] = []
     for name, row in zip(display_names(result), result.rows, strict=True):
         cells = [
@@ -34,7 +45,7 @@ def summary(result: EvalResult) -> Table:
             row.format or "–",
             f"{row.bits_per_weight:.2f}",
             size(row.size),
-            with_error(row.perplexity.ppl, row.perplexity.stderr),
+            _small(with_error(row.perplexity.ppl, row.perplexity.stderr)),
         ]
         if compared:
             cells += _divergence(row)
@@ -42,17 +53,22 @@ def summary(result: EvalResult) -> Table:
     return Table(tuple(headings), rows, (0, 1))
 
 
+def _small(text: str) -> str:
+    """`text` with its error as small print."""
+    return text.replace(" ± ", "\n± ")
+
+
 def _divergence(row: EvalRow) -> list[str]:
     found = row.divergence
     if found is None:
         return ["–"] * 7
     return [
-        with_error(found.ppl_ratio, found.ppl_ratio_stderr),
-        with_error(found.kl_mean, found.kl_stderr),
+        _small(with_error(found.ppl_ratio, found.ppl_ratio_stderr)),
+        _small(with_error(found.kl_mean, found.kl_stderr)),
         f"{found.kl_median:.3g}",
         f"{found.kl_p99:.3g}",
         f"{found.kl_p999:.3g}",
-        f"{with_error(100 * found.top1, 100 * found.top1_stderr)} %",
+        _small(f"{with_error(100 * found.top1, 100 * found.top1_stderr)} %"),
         f"{100 * found.rms_dp:.2f} %",
     ]
 
@@ -116,43 +132,50 @@ def tasks(result: EvalResult) -> Table | None:
     rows: list[tuple[str, ...]] = []
     for name, row in zip(display_names(result), result.rows, strict=True):
         found = {(t.task, t.metric): t for t in row.tasks}
-        values = [with_error(found[k].value, found[k].stderr or 0.0) if k in found else "–" for k in kinds]
+        values = [
+            _small(with_error(found[k].value, found[k].stderr or 0.0)) if k in found else "–" for k in kinds
+        ]
         rows.append((name, *values))
     return Table(("checkpoint", *(show(f"{task} {metric}", 60) for task, metric in kinds)), rows)
 
 
 def speed(result: EvalResult) -> Table | None:
-    """Throughput, latency and memory."""
+    """Throughput, latency and memory: a row per checkpoint, batch size and context."""
+    reference = next((row.speed for row in result.rows if row.is_reference), None)
     rows: list[tuple[str, ...]] = []
     for name, row in zip(display_names(result), result.rows, strict=True):
         found = row.speed
-        for point in found.points if found else ():
-            assert found is not None
-            share = "–" if point.bandwidth_share is None else f"{100 * point.bandwidth_share:.1f} %"
-            first = found.time_to_first_token
+        if found is None:
+            continue
+        first, load = found.time_to_first_token, f"{found.load_seconds:.2f} s"
+        latency = "–" if first is None else f"{1000 * first:.1f} ms"
+        for point in (p for p in found.points if p.phase == "decode"):
+            at = (point.batch, point.context)
+            base = reference.find("decode", *at) if reference and not row.is_reference else None
             rows.append(
                 (
                     name,
-                    point.phase,
-                    str(point.batch),
-                    str(point.context),
-                    number(point.tokens_per_second),
-                    f"{number(point.low)} to {number(point.high)}",
-                    share,
-                    "–" if first is None else f"{1000 * first:.1f} ms",
+                    *map(str, at),
+                    _rate(found.find("prefill", *at)),
+                    _rate(point),
+                    f"{point.tokens_per_second / base.tokens_per_second:.2f}" if base else "–",
+                    "–" if point.bandwidth_share is None else f"{100 * point.bandwidth_share:.1f} %",
+                    latency,
                     size(found.peak_memory),
-                    f"{found.load_seconds:.2f} s",
+                    load,
                 )
             )
     headings = (
-        *("checkpoint", "phase", "batch", "context", "tokens/s", f"of {_runs(result)} runs"),
+        *("checkpoint", "batch", "context", "prefill, tokens/s", "decode, tokens/s", "× original"),
         *("share of bandwidth", "first token", "peak memory", "load"),
     )
-    return Table(headings, rows, (0, 1)) if rows else None
+    return Table(headings, rows) if rows else None
 
 
-def _runs(result: EvalResult) -> int:
-    return max((p.runs for row in result.rows if row.speed for p in row.speed.points), default=0)
+def _rate(point: SpeedPoint | None) -> str:
+    if point is None:
+        return "–"
+    return f"{number(point.tokens_per_second)}\n{number(point.low)} to {number(point.high)}"
 
 
 def hashes(result: EvalResult) -> Table | None:
