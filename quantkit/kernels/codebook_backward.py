@@ -5,7 +5,8 @@
 A program owns BM rows and BK columns of dx, which lie in one block of every row of W, and runs over n. The
 scale depends on n only and multiplies the small tile of dy (one rounding, as rounding the weight would be);
 table values enter the dot. With SPLIT > 1, program_id(1) takes every SPLIT-th step over n and float32 partial
-sums are added in order by `sum_splits_kernel`. Needs blocks that divide K, and BK that divides the block.
+sums are added in order by `sum_splits_kernel`. The two codes of a byte belong to two neighbouring columns: an
+accumulator each, joined at the end (Triton 3.6 cannot lower a joined tile as second operand). Needs blocks that divide K, and BK that divides the block.
 """
 
 # mypy: ignore-errors
@@ -14,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quantkit.kernels.codebook_lookup import lookup
+from quantkit.kernels.codebook_lookup import nibble
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -48,7 +49,8 @@ def codebook_backward_kernel(
     # Rows beyond M read row M - 1 again: their sums are never stored.
     grad_ptrs = grad_ptr + tl.minimum(m, M - 1)[:, None].to(tl.int64) * grad_stride + n[None, :]
 
-    acc = tl.zeros((BM, BK), tl.float32)
+    even = tl.zeros((BM, HALF), tl.float32)
+    odd = tl.zeros((BM, HALF), tl.float32)
     # The next step's codes are asked for before this one's table look-ups, whose loads would stop the pipeliner.
     at = first.to(tl.int64)
     if EVEN:
@@ -67,7 +69,8 @@ def codebook_backward_kernel(
             dy = tl.load(grad_ptrs + at, mask=start + n[None, :] < N, other=0.0)
             absmax = tl.load(scale_ptrs + at * (K // BLOCK), mask=start + n < N, other=0.0)
         dy = (dy.to(tl.float32) * absmax.to(tl.float32)[None, :]).to(DOT)
-        acc = tl.dot(dy, lookup(c, lut_ptr, DOT, False), acc, input_precision="ieee")
+        even = tl.dot(dy, nibble(c >> 4, lut_ptr, DOT), even, input_precision="ieee")
+        odd = tl.dot(dy, nibble(c & 15, lut_ptr, DOT), odd, input_precision="ieee")
         c = next_c
 
     k = k0 + tl.arange(0, BK)
@@ -75,4 +78,5 @@ def codebook_backward_kernel(
     if SPLIT > 1:
         base += tl.program_id(1).to(tl.int64) * M * K
     out_ptrs = base + m[:, None].to(tl.int64) * out_stride + k[None, :]
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=m[:, None] < M)
+    dx = tl.join(even, odd).reshape(BM, BK)
+    tl.store(out_ptrs, dx.to(out_ptr.dtype.element_ty), mask=m[:, None] < M)

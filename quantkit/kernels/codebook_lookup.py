@@ -73,6 +73,12 @@ def fill_table(lut_ptr, THREADS: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.cons
 
 
 @triton.jit
+def nibble(q, lut_ptr, DTYPE: tl.constexpr):
+    """Table values of codes `q`, in portable Triton."""
+    return tl.load(lut_ptr + q.to(tl.int32)).to(tl.float32).to(DTYPE)
+
+
+@triton.jit
 def lookup(c, lut_ptr, DTYPE: tl.constexpr, ASM: tl.constexpr):
     """Table values of the bytes `c [..., J]` in DTYPE: `[..., 2 J]`, in the order of the inputs."""
     if ASM:
@@ -84,8 +90,8 @@ def lookup(c, lut_ptr, DTYPE: tl.constexpr, ASM: tl.constexpr):
             _LOOKUP, "=h,=h,h", [c.to(tl.uint16)], types, is_pure=True, pack=1
         )
     else:
-        first = tl.load(lut_ptr + (c >> 4).to(tl.int32)).to(tl.float32).to(DTYPE)
-        second = tl.load(lut_ptr + (c & 15).to(tl.int32)).to(tl.float32).to(DTYPE)
+        first = nibble(c >> 4, lut_ptr, DTYPE)
+        second = nibble(c & 15, lut_ptr, DTYPE)
     return tl.join(first, second).reshape(c.shape[:-1] + [2 * c.shape[-1]])
 
 
