@@ -85,7 +85,7 @@ def check_opcheck(device: torch.device) -> str:
             )
             fused = op is ops.affine_fused_linear  # inference only: it has no gradient to check
             tests = ("test_schema", "test_faketensor") if fused else None
-            torch.library.opcheck(op, arguments, **({"test_utils": tests} if tests else {}))
+            torch.library.opcheck(op.definition, arguments, **({"test_utils": tests} if tests else {}))
             count += 1
     return f"{count} ops with arguments"
 
