@@ -144,35 +144,36 @@ def check_graph(device: torch.device) -> str:
 
 def check_host_time(device: torch.device) -> str:
     """Microseconds until a call returns (launches are asynchronous), through the layer and the bare backend."""
+    formats = ("affine-4g128", "nf4", "fp8-block")
+    return "us per call: " + "; ".join(f"{form} {_host_times(form, device)}" for form in formats)
+
+
+def _host_times(form: str, device: torch.device) -> str:
     sync = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
-    parts = []
-    for form in ("affine-4g128", "nf4", "fp8-block"):
-        layer = layer_of(form, device)
-        x = torch.randn(
-            1, SHAPE[1], device=device, dtype=torch.bfloat16 if device.type != "cpu" else torch.float32
-        )
-        arguments = calls(layer.packed, x.dtype)[0][1]
-        name = {"a": "affine_linear", "n": "codebook_linear", "f": "float8_linear"}[form[0]]
-        kernel = dispatch.implementation(name, device.type)
-        arguments = (x[0:1], *arguments[1:])
-        packet = getattr(torch.ops.quantkit, name)
-        times = {}
-        for label, call in (
-            ("layer", lambda: layer(x)),
-            ("torch op", lambda: packet(*arguments)),
-            ("kernel", (lambda: kernel(*arguments)) if kernel else (lambda: None)),
-        ):
-            with torch.no_grad():
-                samples = []
+    layer = layer_of(form, device)
+    x = torch.randn(
+        1, SHAPE[1], device=device, dtype=torch.bfloat16 if device.type != "cpu" else torch.float32
+    )
+    op, arguments = calls(layer.packed, x.dtype)[0]
+    arguments = (x, *arguments[1:])
+    kernel = dispatch.implementation(op.name, device.type)
+    times = {}
+    for label, call in (
+        ("layer", lambda: layer(x)),
+        ("op", lambda: op(*arguments)),
+        ("op through the dispatcher", lambda: op.definition(*arguments)),
+        ("kernel", (lambda: kernel(*arguments)) if kernel else (lambda: None)),
+    ):
+        with torch.no_grad():
+            samples = []
+            for _ in range(20):
+                sync()
+                start = time.perf_counter()
                 for _ in range(20):
-                    sync()
-                    start = time.perf_counter()
-                    for _ in range(20):
-                        call()
-                    samples.append((time.perf_counter() - start) / 20)
-            times[label] = statistics.median(samples) * 1e6
-        parts.append(f"{form} " + ", ".join(f"{k} {v:.0f}" for k, v in times.items()))
-    return "us per call: " + "; ".join(parts)
+                    call()
+                samples.append((time.perf_counter() - start) / 20)
+        times[label] = statistics.median(samples) * 1e6
+    return ", ".join(f"{k} {v:.0f}" for k, v in times.items())
 
 
 def check_dequantize(device: torch.device) -> str:
