@@ -19,6 +19,7 @@ from quantkit.cli.convert import convert_command
 from quantkit.cli.evaluate import eval_command
 from quantkit.cli.export import export_command
 from quantkit.cli.sweep import allocate_command, sweep_command
+from quantkit.cli.tune import tune_command
 
 app = typer.Typer(
     name="quantkit",
@@ -57,6 +58,7 @@ app.command("export")(export_command)
 app.command("sweep")(sweep_command)
 app.command("allocate")(allocate_command)
 app.command("formats")(formats_command)
+app.command("tune")(tune_command)
 
 app.add_typer(bench.app, name="bench")
 app.add_typer(kernels.app, name="kernels")

@@ -36,6 +36,9 @@ def kernels_command(
         str | None, typer.Option(help="cpu, cuda, xpu, ... Default: the accelerator, if any.")
     ] = None,
     seconds: Annotated[float, typer.Option(help="Time for each candidate in each cell.")] = 0.1,
+    budget: Annotated[
+        float, typer.Option(help="Seconds after which no further weight is begun; 0: no limit.")
+    ] = 0.0,
     csv: Annotated[Path | None, typer.Option(help="Write all numbers here.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json-file", help="The same as JSON.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table for a documentation page.")] = None,
@@ -80,6 +83,7 @@ def kernels_command(
         dtypes=[getattr(torch, name) for name in names],
         candidates=candidates,
         seconds=seconds,
+        budget=budget or float("inf"),
         progress=lambda text: typer.echo(text, err=True),
     )
     if csv:

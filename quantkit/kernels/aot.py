@@ -34,7 +34,7 @@ from triton.runtime.jit import JITFunction
 
 from quantkit.encoding import Affine, Codebook, Encoding, Float8, expected_shapes
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.kernels import dispatch, launch
+from quantkit.kernels import dispatch, launch, tuned
 
 #: Bytes of shared memory that one program may have, by target (CUDA programming guide, table of compute
 #: capabilities, minus the 1 KB that the driver keeps from sm_80 on; AMD: the size of the LDS).
@@ -151,6 +151,7 @@ def record(target: GPUTarget) -> Iterator[list[Record]]:
 
     arch = target.arch if isinstance(target.arch, int) else 0
     with (
+        tuned.ignored(),  # a build is for every machine
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(launch, "target", lambda: (target.backend, arch)),
     ):

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -106,12 +107,14 @@ def bench(
     dtypes: Sequence[torch.dtype],
     candidates: Sequence[str],
     seconds: float = 0.1,
+    budget: float = float("inf"),
     progress: Callable[[str], None] = lambda text: None,
 ) -> Report:
     """Time every candidate on every format, `(n, k)` shape, number of rows M and dtype of x.
 
     `seconds` is the time spent on one candidate in one cell. A candidate that raises is left out of that
-    cell, with a row that says why (its time is infinite).
+    cell, with a row that says why (its time is infinite). Once `budget` seconds are over no further weight is
+    begun, and `progress` says how many were left out.
     """
     report = Report(
         device=device_name(device),
@@ -119,12 +122,15 @@ def bench(
         threads=torch.get_num_threads(),
         copy_gigabytes_per_second=copy_bandwidth(device),
     )
-    for form in formats:
-        for n, k in shapes:
-            for dtype in dtypes:
-                progress(f"{form} {n}x{k} {str(dtype).removeprefix('torch.')}")
-                packed = random_weight(form, n, k, device)
-                report.rows += _cells(form, packed, rows, dtype, candidates, seconds)
+    end = time.perf_counter() + budget
+    work = list(itertools.product(formats, shapes, dtypes))
+    for i, (form, (n, k), dtype) in enumerate(work):
+        if time.perf_counter() > end:
+            progress(f"the budget is spent: {len(work) - i} of {len(work)} weights were not measured")
+            break
+        progress(f"{form} {n}x{k} {str(dtype).removeprefix('torch.')}")
+        packed = random_weight(form, n, k, device)
+        report.rows += _cells(form, packed, rows, dtype, candidates, seconds)
     return report
 
 

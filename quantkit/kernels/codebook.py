@@ -51,7 +51,7 @@ def codebook_linear(
 
             out = sliced.linear(rows, out_features, bias, fill)
         else:
-            config = codebook_tuning.config(rows.shape[0], out_features, large_shared_memory())
+            config = codebook_tuning.config(rows.shape[0], out_features, large_shared_memory(), k)
             out = launch_gemm(rows, codes, scale, lut, bias, out_features, block_size, config)
     return out.view(*x.shape[:-1], out_features)
 

@@ -98,7 +98,7 @@ def affine_linear(
         out = weight(rounded) * (scale.float()[:, 0] / token_scale)
     else:
         level = FLOAT32 if activation is None else INT8
-        out = _prepare(f"level {level}", tensors, scale, geometry, level)(flat)
+        out = _prepare(level, tensors, scale, geometry, level)(flat)
     if bias is not None:
         out += bias
     return out.to(x.dtype).view(*x.shape[:-1], -1)
@@ -131,7 +131,7 @@ def codebook_linear(
         weights = {"b": codes.detach().contiguous(), "absmax": scale.detach().float().contiguous()}
         return Node("MatMulBnb4", out_features, k, attributes, weights).session((codes, scale))
 
-    session = cpu_sessions.prepared("bnb4", (codes, scale, lut), build)
+    session = cpu_sessions.prepared(("bnb4", out_features, k, block_size), (codes, scale, lut), build)
     if session is None:
         return NotImplemented
     out = session(x.reshape(-1, k).float().contiguous())
@@ -150,7 +150,7 @@ def ort_block(group_size: int, in_features: int) -> int | None:
 
 
 def _prepare(
-    kind: str,
+    kind: str | int,
     tensors: tuple[Tensor, Tensor, Tensor],
     scale: Tensor,
     geometry: tuple[int, int, int, int],
@@ -166,7 +166,7 @@ def _prepare(
             tuple(node.session(tensors) for node in plan.nodes), plan.block, plan.correction, level == INT8
         )
 
-    prepared: Prepared = cpu_sessions.prepared(f"{kind} {geometry}", tensors, build)
+    prepared: Prepared = cpu_sessions.prepared((kind, geometry), tensors, build)
     return prepared
 
 

@@ -11,32 +11,33 @@ converted (widened codes) is freed. `MatMulBnb4` reads the layer's bytes in plac
 bound by address.
 
 Threads: a layer is cut into parts of its output rows, one single-threaded onnxruntime session each, and the
-parts run on one small pool that all layers share, so 300 layers do not start 600 threads. (onnxruntime's own
-global pool would be simpler, but once it exists every other session of the process that does not ask for it
-fails to build: not a library's decision to make.)
+parts run on a few workers that all layers share (`cpu_workers`), so 300 layers do not start 600 threads.
+(onnxruntime's own global pool would be simpler, but once it exists every other session of the process that
+does not ask for it fails to build: not a library's decision to make.)
 
 A session belongs to the *storage* of a layer's codes, not to the module: modules stay plain (deepcopy,
 pickle, `.to(device)`, safetensors), and the session goes when the storage goes. A write through torch
 (`copy_`, `load_state_dict`) is seen by the tensors' version counters and rebuilds the session; a write
-that hides from them (`tensor.data`, numpy) is not: call `forget()` after one.
+that hides from them (`tensor.data`, numpy) is not: call `forget()` after one. The look-up of a call is one
+dictionary access by the tensors' addresses and versions; an entry goes with the first of its storages that is
+freed, so an address that is used again finds nothing.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
+
+from quantkit.kernels import cpu_workers
 
 #: ONNX versions that every onnxruntime >= 1.22 reads.
 IR_VERSION, OPSET = 10, 21
@@ -69,9 +70,10 @@ class Session:
     def __init__(self, node: Node, owned: set[int]) -> None:
         weights = {name: t.detach() for name, t in node.initializers.items()}
         self.out_features = node.out_features
-        self._starts = _row_starts(node)
-        ends = [*self._starts[1:], node.out_features]
-        self._parts = [_build(node, start, end) for start, end in zip(self._starts, ends)]
+        starts = _row_starts(node)
+        ends = [*starts[1:], node.out_features]
+        self._counts = [end - start for start, end in zip(starts, ends)]
+        self._parts = [_build(node, start, end) for start, end in zip(starts, ends)]
         converted = {n: t for n, t in weights.items() if t.untyped_storage()._cdata not in owned}
         if "b" in converted and node.op == "MatMulNBits" and prepacks(**node.attributes):
             del converted["b"]
@@ -79,19 +81,25 @@ class Session:
 
     def __call__(self, x: Tensor) -> Tensor:
         """`x [M, K]` float32, contiguous -> new float32 `[M, N]`."""
-        out = torch.empty((x.shape[0], self.out_features), dtype=torch.float32)
+        rows, n = x.shape[0], self.out_features
+        out = torch.empty((rows, n), dtype=torch.float32)
+        address, shape = x.data_ptr(), tuple(x.shape)
         if len(self._parts) == 1:
-            _run(self._parts[0], x, out)
+            _run(self._parts[0], _bind(self._parts[0], address, shape, out.data_ptr(), (rows, n)))
             return out
-        ends = [*self._starts[1:], self.out_features]
-        columns = [out[:, start:end] for start, end in zip(self._starts, ends)]
         # One row's columns are contiguous: parts write them in place.
-        targets = columns if x.shape[0] == 1 else [torch.empty(c.shape, dtype=c.dtype) for c in columns]
-        work = [_pool().submit(_run, part, x, y) for part, y in zip(self._parts[1:], targets[1:])]
-        _run(self._parts[0], x, targets[0])
-        for part in work:
-            part.result()
-        return out if x.shape[0] == 1 else torch.cat(targets, dim=1, out=out)
+        whole = out if rows == 1 else torch.empty(rows * n, dtype=torch.float32)
+        start, jobs, pieces = 0, [], []
+        for part, count in zip(self._parts, self._counts):
+            target = whole.data_ptr() + 4 * rows * start
+            jobs.append((_run, part, _bind(part, address, shape, target, (rows, count))))
+            pieces.append((start, count))
+            start += count
+        cpu_workers.run_all(jobs)
+        if rows > 1:
+            for start, count in pieces:
+                out[:, start : start + count] = whole[rows * start : rows * (start + count)].view(rows, count)
+        return out
 
 
 def _row_starts(node: Node) -> list[int]:
@@ -132,20 +140,16 @@ def _build(node: Node, start: int, end: int) -> Any:
     return runtime.InferenceSession(_model_bytes(part), options, providers=["CPUExecutionProvider"])
 
 
-def _run(session: Any, x: Tensor, out: Tensor) -> None:
+def _bind(session: Any, x: int, x_shape: tuple[int, ...], y: int, y_shape: tuple[int, ...]) -> Any:
+    """A binding of one call: float32 input and output by address."""
     binding = session.io_binding()
-    binding.bind_input("x", "cpu", 0, _float32(), tuple(x.shape), x.data_ptr())
-    binding.bind_output("y", "cpu", 0, _float32(), tuple(out.shape), out.data_ptr())
+    binding.bind_input("x", "cpu", 0, _float32(), x_shape, x)
+    binding.bind_output("y", "cpu", 0, _float32(), y_shape, y)
+    return binding
+
+
+def _run(session: Any, binding: Any) -> None:
     session.run_with_iobinding(binding)
-
-
-@cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max(1, torch.get_num_threads() - 1), thread_name_prefix="quantkit-cpu")
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # a fork takes no threads along
 
 
 @cache
@@ -234,37 +238,40 @@ def _model_bytes(node: Node) -> bytes:
 
 # --- one prepared value per (kind, storage of the codes) -----------------------------------------------
 
-_Fingerprint = tuple[tuple[int, int, int], ...]
-
 
 @dataclass
 class _Entry:
-    fingerprint: _Fingerprint
+    versions: tuple[int, ...]
     value: Any
-    pins: list[StorageWeakRef] = field(default_factory=list)  # keeps freed addresses from being reused
 
 
-_entries: dict[tuple[str, int, int], _Entry] = {}
-_watched: set[int] = set()
+_Key = tuple[Any, ...]
+_entries: dict[_Key, _Entry] = {}
+#: Keys that read a storage, by its identity; a storage is here while a finalizer watches it.
+_watched: dict[int, set[_Key]] = {}
 _lock = threading.RLock()
 
 
-def prepared(kind: str, tensors: tuple[Tensor, ...], build: Callable[[], Any]) -> Any:
-    """`build()`, kept while the storage of `tensors[0]` lives and none of `tensors` has changed."""
-    key, fingerprint = _key(kind, tensors[0]), tuple(map(_identity, tensors))
+def prepared(kind: Any, tensors: tuple[Tensor, ...], build: Callable[[], Any]) -> Any:
+    """`build()`, kept while the storages of `tensors` live and none of them has changed.
+
+    `kind` says, with the tensors, what `build` would make: anything hashable.
+    """
+    key = (kind, *[t.data_ptr() for t in tensors], tensors[0].shape)
+    versions = tuple([-1 if t.is_inference() else t._version for t in tensors])
     entry = _entries.get(key)
-    if entry is not None and entry.fingerprint == fingerprint:
+    if entry is not None and entry.versions == versions:
         return entry.value
     with _lock:
         entry = _entries.get(key)
-        if entry is None or entry.fingerprint != fingerprint:
-            pins = [StorageWeakRef(t.untyped_storage()) for t in tensors]
-            entry = _Entry(fingerprint, build(), pins)
+        if entry is None or entry.versions != versions:
+            entry = _Entry(versions, build())
             _entries[key] = entry
-            storage = tensors[0].untyped_storage()
-            if storage._cdata not in _watched:
-                _watched.add(storage._cdata)
-                weakref.finalize(storage, _evict, storage._cdata)
+            for storage in (t.untyped_storage() for t in tensors):
+                if storage._cdata not in _watched:
+                    _watched[storage._cdata] = set()
+                    weakref.finalize(storage, _evict, storage._cdata)
+                _watched[storage._cdata].add(key)
         return entry.value
 
 
@@ -279,17 +286,7 @@ def count() -> int:
     return len(_entries)
 
 
-def _key(kind: str, codes: Tensor) -> tuple[str, int, int]:
-    return kind, codes.untyped_storage()._cdata, int(codes.storage_offset())
-
-
-def _identity(tensor: Tensor) -> tuple[int, int, int]:
-    version = -1 if tensor.is_inference() else tensor._version
-    return tensor.untyped_storage()._cdata, int(tensor.storage_offset()), version
-
-
 def _evict(storage: int) -> None:
     with _lock:
-        _watched.discard(storage)
-        for key in [k for k in _entries if k[1] == storage]:
-            del _entries[key]
+        for key in _watched.pop(storage, ()):
+            _entries.pop(key, None)

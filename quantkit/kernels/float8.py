@@ -65,7 +65,7 @@ def float8_linear(
                     q, x_scale, codes, scale, bias, block_n, block_k, _GROUPS[activation], x.dtype
                 )
             elif m <= float8_tuning.FUSED_ROWS:
-                config = float8_tuning.config(m, n, large_shared_memory())
+                config = float8_tuning.config(m, n, large_shared_memory(), k)
                 out = launch_gemm(
                     q,
                     codes,
@@ -90,10 +90,10 @@ def _tiles(k: int, block_k: int) -> int:
 def _weight_only(
     x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, block_n: int, block_k: int
 ) -> Tensor:
-    (m, _k), n = x.shape, codes.shape[0]
+    (m, k), n = x.shape, codes.shape[0]
     if m <= float8_tuning.FUSED_ROWS:
         return launch_gemm(
-            x, codes, scale, bias, block_n, block_k, float8_tuning.config(m, n, large_shared_memory())
+            x, codes, scale, bias, block_n, block_k, float8_tuning.config(m, n, large_shared_memory(), k)
         )
 
     def fill(out: Tensor, row: int, column: int) -> None:

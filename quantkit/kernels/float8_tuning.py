@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from quantkit.kernels import tuned
+
 
 @dataclass(frozen=True)
 class Config:
@@ -42,8 +44,11 @@ SMALL: list[tuple[int, Config]] = [
 ]
 
 
-def config(m: int, n: int, large: bool = True) -> Config:
+def config(m: int, n: int, large: bool = True, k: int = 0) -> Config:
     """Tile for `x [m, K]` times `W [n, K]`; `large`: may a block take 130 KB of shared memory and more?"""
+    found = tuned.find("float8", 8, m, n, k, Config)
+    if found is not None:
+        return found
     if not large:
         return next(config for most, config in SMALL if m <= most)
     _, low, tall = next(line for line in CONFIGS if m <= line[0])

@@ -9,7 +9,6 @@ whole waves of the multiprocessors: a third of K may take two waves where a quar
 from __future__ import annotations
 
 from collections.abc import Callable
-
 from functools import cache
 
 import torch

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from quantkit.kernels import tuned
+
 MEASURED_ON = "NVIDIA H200 (sm_90, 132 multiprocessors), torch 2.11, triton 3.6"
 
 
@@ -58,6 +60,9 @@ BACKWARD_SLICED_ROWS = 2048
 
 def gemm_config(m: int, n: int, k: int, bits: int) -> GemmConfig:
     """Tile for `x [m, k]` times `W [n, k]`, m up to FUSED_ROWS."""
+    found = tuned.find("affine", bits, m, n, k, GemmConfig)
+    if found is not None:
+        return found
     if m <= 8:
         if m == 1 and n <= 6144:
             return GemmConfig(16, 8, 128, 8)

@@ -126,6 +126,16 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert len(out.read_text().splitlines()) == 5
 
 
+def test_a_spent_budget_ends_the_run_and_says_so() -> None:
+    said: list[str] = []
+    report = bench(
+        ["nf4"], [(64, 64), (128, 64)], [1], device=CPU, dtypes=[torch.float32], candidates=["dense"],
+        seconds=0.0, budget=1e-9, progress=said.append,
+    )  # fmt: skip
+    assert report.rows == []
+    assert said == ["the budget is spent: 2 of 2 weights were not measured"]
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [

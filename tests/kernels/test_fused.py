@@ -96,4 +96,4 @@ def test_odd_gates_and_rounded_activations_are_refused() -> None:
 def test_opcheck(gated: bool) -> None:
     w = weight(22)
     args = (w.codes, w.scale, w.zero, None, None, None, torch.randn(48), 1e-6, gated, 4, 16)
-    torch.library.opcheck(ops.affine_fused_linear, (torch.randn(3, 48), *args))
+    torch.library.opcheck(ops.affine_fused_linear.definition, (torch.randn(3, 48), *args))

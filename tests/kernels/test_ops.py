@@ -13,7 +13,7 @@ from quantkit.errors import UsageError
 from quantkit.kernels import dispatch, ops, reference
 from quantkit.linear import QuantLinear
 
-Call = tuple[Callable[..., Tensor], tuple[object, ...]]
+Call = tuple[ops.Op, tuple[object, ...]]
 
 ENCODINGS = {
     "affine4": Affine(4, 32),
@@ -79,7 +79,7 @@ def test_opcheck(name: str) -> None:
     grad = torch.randn(2, 3, 17, requires_grad=True)
     calls = [linear_call(x, w, bias), backward_call(grad, w), dequantize_call(w, torch.float16)]
     for op, args in calls:
-        torch.library.opcheck(op, args)
+        torch.library.opcheck(op.definition, args)
 
 
 @pytest.mark.parametrize("name", ENCODINGS)
@@ -190,3 +190,61 @@ def test_a_kernel_that_cannot_be_launched_is_reported_and_the_reference_answers(
     broken("a bug of ours")
     with pytest.raises(RuntimeError, match="a bug of ours"):
         ops.affine_linear(*arguments)
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_plain_calls_pass_the_dispatcher_by_with_the_same_result(name: str) -> None:
+    """Eager calls without gradients skip torch's dispatcher; gradients, modes and transforms do not."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    w = random_packed(ENCODINGS[name], 17, 63)
+    x = torch.randn(3, 63)
+    op, args = linear_call(x, w, None)
+    direct = op(*args)
+    assert ops._plain(args)
+    assert torch.equal(direct, op.definition(*args))
+    with Watch():
+        assert torch.equal(op(*args), direct)
+    assert any(f"quantkit.{op.name}" in call for call in seen)
+    wanted = (args[0].clone().requires_grad_(), *args[1:])  # type: ignore[attr-defined]
+    assert op(*wanted).requires_grad
+    with torch.no_grad():
+        assert not op(*wanted).requires_grad
+    with torch.profiler.profile() as profile:
+        op(*args)
+    assert any(event.key == f"quantkit::{op.name}" for event in profile.key_averages())
+
+
+@pytest.mark.parametrize("device", ["cuda", "xpu"])
+def test_accelerators_get_the_triton_family(device: str) -> None:
+    """Both device types name the same backend for every op; nothing else does."""
+    for encoding in ("affine", "codebook", "float8"):
+        assert dispatch.BACKENDS[device][encoding] == f"quantkit.kernels.{encoding}"
+    pytest.importorskip("triton")
+    for name in ops.SCHEMAS:
+        function = dispatch.implementation(name, device)
+        assert function is None or function.__module__.startswith("quantkit.kernels.")
+        assert function is not None or name == "affine_fused_linear"
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_dequantize_equals_bitsandbytes(kind: str, nested: bool, dtype: torch.dtype) -> None:
+    owner = pytest.importorskip("bitsandbytes.functional")
+    from quantkit.formats.nf4 import NF4, NF4Config
+
+    weight = torch.randn(96, 320).to(dtype)
+    codes, state = owner.quantize_4bit(weight, blocksize=64, compress_statistics=nested, quant_type=kind)
+    stored = {"weight": codes} | {f"weight.{k}": v for k, v in state.as_dict(packed=True).items()}
+    config = NF4Config(quant_type=kind, double_quant=nested, compute_dtype=str(dtype)[6:])
+    packed = NF4().from_checkpoint(stored, config, (96, 320))
+    op, args = dequantize_call(packed, dtype)
+    assert torch.equal(op(*args), owner.dequantize_4bit(codes, state))
