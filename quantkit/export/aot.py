@@ -165,7 +165,8 @@ class KernelLibrary:
         wanted = self.manifest["dtype"]
         if x.shape[-1] != k or str(x.dtype) != f"torch.{wanted}":
             raise UsageError(f"x is {x.dtype} with {x.shape[-1]} features; this product takes {wanted} with {k}")
-        rows = x.reshape(-1, k).contiguous()
+        rows = _aligned(x.reshape(-1, k))
+        tensors = {name: _aligned(t) for name, t in tensors.items()}
         out = rows.new_empty(rows.shape[0], n)
         if rows.shape[0] > 0:
             with _on(x):
@@ -223,6 +224,12 @@ class KernelLibrary:
             file = self.folder / entry["file"]
             self._functions[key] = self.driver.load(file, entry["symbol"], entry["shared"])
         return self._functions[key]
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Contiguous, at an address that 16 divides: what the kernels were compiled for."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def _value(argument: Any, kind: str, addresses: dict[str, int], rows: int) -> Any:

@@ -97,7 +97,7 @@ def export(
         if to == "onnx":
             nodes, proof = _onnx(model, folder, expected, allowed, opset, kv_cache, level, standard)
         else:
-            nodes, proof = _program(model, folder, expected, allowed, to, keep_ops)
+            nodes, proof = _program(model, folder, expected, allowed, to, keep_ops, device)
         progress.stage("publishing")
         _copy_files(path, folder)
         settings = {"target": to, "device": device, "format": model.quantkit_layout, "keep_ops": keep_ops}
@@ -128,8 +128,7 @@ def _check_arguments(
         raise UsageError(f"unknown target {to!r}", hint=did_you_mean(to, TARGETS))
     if level not in LEVELS:
         raise UsageError(f"accuracy level {level} is not one of 0, 1 and 4", hint="4 is fast, 1 is exact.")
-    if device != "cpu":
-        raise UsageError(f"export for device {device!r} is not supported yet", hint="Leave --device at cpu.")
+    _check_device(to, device)
     if to == "onnx":
         from importlib.util import find_spec
 
@@ -186,6 +185,21 @@ def _kernels(
     return ExportResult(
         checkpoint, output, "kernels", layout, size, written, counts, proof, 0.0, settings, notices
     )
+
+
+def _check_device(to: str, device: str) -> None:
+    if device not in ("cpu", "cuda"):
+        raise UsageError(f"unknown device {device!r}", hint=did_you_mean(device, ("cpu", "cuda")))
+    if to == "aoti":
+        from quantkit.export.program import check_compiler
+
+        check_compiler()
+    elif device != "cpu":
+        raise UsageError(f"--device {device} is for --to aoti, not {to}", hint="Leave it out.")
+    if device == "cuda":
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        if found is None or found.type != "cuda":
+            raise UsageError("torch sees no CUDA device here", hint="Export on a machine with the GPU.")
 
 
 def _expected(path: Any, kv_cache: bool, level: int, trust_remote_code: bool) -> Expected:
@@ -266,18 +280,18 @@ def _onnx(
 
 
 def _program(
-    model: Any, folder: Path, expected: Expected, atol: float, to: str, keep_ops: bool
+    model: Any, folder: Path, expected: Expected, atol: float, to: str, keep_ops: bool, device: str
 ) -> tuple[dict[str, int], Proof]:
     from quantkit.export import program
 
-    exported = program.trace(model, keep_ops=keep_ops)
+    exported = program.trace(model, keep_ops=keep_ops, device=device)
     file = folder / program.MODEL
     if to == "torch":
         program.save(exported, file)
         run = program.load_program(file)
     else:
         run = program.compile_package(exported, file)
-    runner = program.StaticRunner(run, program.cache_shape(model))
+    runner = program.StaticRunner(run, program.cache_shape(model), device=device)
     proof = compare(expected, runner, atol, f"the {to} program")
     return program.count_nodes(exported), _with_speed(proof, expected, runner.tokens_per_second())
 

@@ -223,7 +223,8 @@ class Interpreter:
                 else:
                     values[name] = argument["float"] if isinstance(argument, dict) and "float" in argument \\
                         else rule_at(argument, rows)
-            constants = {k: getattr(tl, v) if k == "DOT" else v for k, v in entry["constants"].items()}
+            types = {"fp16": tl.float16, "bf16": tl.bfloat16, "fp32": tl.float32}
+            constants = {k: types[v] if k == "DOT" else v for k, v in entry["constants"].items()}
             constants = {k: False if k == "ASM" else v for k, v in constants.items()}
             KERNELS[entry["kernel"]][tuple(rule_at(g, rows) for g in launch["grid"])](**values, **constants)
 
