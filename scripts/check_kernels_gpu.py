@@ -3,6 +3,7 @@
     PYTHONPATH=. python scripts/check_kernels_gpu.py              builds for the GPU that is here and checks
     PYTHONPATH=. python scripts/check_kernels_gpu.py build DIR -t sm_90       elsewhere, without a GPU
     PYTHONPATH=. python scripts/check_kernels_gpu.py check DIR                only checks such a directory
+    PYTHONPATH=. python scripts/check_kernels_gpu.py aoti                     only AOTInductor for CUDA
 
 One module holds a layer per encoding; `--to kernels` exports it. A child process in which importing Triton
 fails loads the binaries through `quantkit.export.aot`. Exit code 1 if anything differs.
@@ -91,7 +92,9 @@ def build(folder: Path, targets: list[str]) -> None:
     begin = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     counts = kernel_export.write(layers(), folder, targets, torch.float16, lambda file: None)
-    print(f"built {sum(counts.values())} binaries for {' '.join(targets)} in {time.perf_counter() - begin:.0f} s")
+    print(
+        f"built {sum(counts.values())} binaries for {' '.join(targets)} in {time.perf_counter() - begin:.0f} s"
+    )
 
 
 def relative(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -103,12 +106,16 @@ def check(folder: Path) -> int:
     from quantkit.kernels import reference
 
     manifest = read_manifest(folder)
-    print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}, built with Triton {manifest['triton']}")
+    print(
+        f"torch {torch.__version__}, {torch.cuda.get_device_name()}, built with Triton {manifest['triton']}"
+    )
     torch.manual_seed(1)
     model = layers()
     names = [name for name, _ in model.named_children()]
     inputs = {
-        (name, rows): torch.randn(rows, getattr(model, name).in_features).half() for name in names for rows in ROWS
+        (name, rows): torch.randn(rows, getattr(model, name).in_features).half()
+        for name in names
+        for rows in ROWS
     }
     with tempfile.TemporaryDirectory() as scratch:
         given, made = f"{scratch}/x.pt", f"{scratch}/y.pt"
@@ -164,8 +171,22 @@ def c_example(folder, manifest, model, inputs, results, scratch: Path) -> tuple[
     flags = cuda_flags()
     libraries = [f for f in flags if f.startswith("-l")]
     includes = [f for f in flags if f.startswith("-I")]
-    command = ["gcc", "-O1", "-Wall", f"-I{folder}/sm_{major}{minor}", *includes, str(source), "-o", str(program)]
-    for place in ("/usr/lib/x86_64-linux-gnu", "/usr/lib64", "/usr/local/nvidia/lib64", "/lib/x86_64-linux-gnu"):
+    command = [
+        "gcc",
+        "-O1",
+        "-Wall",
+        f"-I{folder}/sm_{major}{minor}",
+        *includes,
+        str(source),
+        "-o",
+        str(program),
+    ]
+    for place in (
+        "/usr/lib/x86_64-linux-gnu",
+        "/usr/lib64",
+        "/usr/local/nvidia/lib64",
+        "/lib/x86_64-linux-gnu",
+    ):
         command += [f"-L{place}"] if Path(place).is_dir() else []
     subprocess.run([*command, *libraries], check=True)
     lines, failures = [], 0
@@ -183,13 +204,45 @@ def c_example(folder, manifest, model, inputs, results, scratch: Path) -> tuple[
         # Beyond the last plan the C program goes on in pieces; Python dequantizes and calls BLAS.
         good = error == 0 if rows <= 128 else error < 2e-3
         failures += not good
-        lines.append(f"{name:24} {rows:4}  C example against Python: {error:.1e}  {'ok' if good else 'DIFFERS'}")
+        lines.append(
+            f"{name:24} {rows:4}  C example against Python: {error:.1e}  {'ok' if good else 'DIFFERS'}"
+        )
+    return lines, failures
+
+
+def aoti() -> tuple[list[str], int]:
+    """A tiny random Llama in two formats, compiled for CUDA; the export's own proof decides."""
+    import transformers
+
+    import quantkit
+    from quantkit.errors import QuantkitError
+
+    torch.manual_seed(2)
+    config = transformers.LlamaConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=256, max_position_embeddings=128,
+    )  # fmt: skip
+    lines, failures = [], 0
+    with tempfile.TemporaryDirectory() as folder:
+        transformers.LlamaForCausalLM(config).half().save_pretrained(f"{folder}/source")
+        for name in ("hqq", "nf4"):
+            begin = time.perf_counter()
+            quantkit.convert(f"{folder}/source", f"{folder}/{name}", format=name)
+            try:
+                proof = quantkit.export(
+                    f"{folder}/{name}", f"{folder}/{name}-aoti", to="aoti", device="cuda"
+                ).proof
+                said = f"error {proof.max_error:.1e} of logits up to {proof.largest_logit:.2f}  ok"
+                said += f"  {proof.artifact_tokens_per_second:.0f} tokens/s"
+            except QuantkitError as error:
+                failures, said = failures + 1, f"FAILED: {error}"
+            lines.append(f"aoti cuda, {name:4} {time.perf_counter() - begin:4.0f} s  {said}")
     return lines, failures
 
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", nargs="?", choices=["build", "check"])
+    parser.add_argument("what", nargs="?", choices=["build", "check", "aoti"])
     parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("-t", "--target", action="append")
     options = parser.parse_args()
@@ -198,10 +251,15 @@ def main() -> int:
         return 0
     if options.what == "check":
         return check(options.folder)
-    with tempfile.TemporaryDirectory() as folder:
-        major, minor = torch.cuda.get_device_capability()
-        build(Path(folder), options.target or [f"sm_{major}{minor}"])
-        return check(Path(folder))
+    failures = 0
+    if options.what is None:
+        with tempfile.TemporaryDirectory() as folder:
+            major, minor = torch.cuda.get_device_capability()
+            build(Path(folder), options.target or [f"sm_{major}{minor}"])
+            failures += check(Path(folder))
+    lines, failed = aoti()
+    print("\n".join(lines))
+    return int(bool(failures + failed))
 
 
 if __name__ == "__main__":

@@ -53,7 +53,8 @@ def export_command(
         typer.Option("--target", "-t", help="Chip: sm_80, sm_90, gfx942, ...; repeat (kernels)."),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Of x: float16, bfloat16, float32; default: the checkpoint's (kernels).")
+        str | None,
+        typer.Option(help="Of x: float16, bfloat16, float32; default: the checkpoint's (kernels)."),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUTPUT if it is an export.")

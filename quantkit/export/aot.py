@@ -144,7 +144,12 @@ class KernelLibrary:
             dispatch.install(op, "cuda", getattr(self, op))
 
     def _call(
-        self, op: str, x: Tensor, shape: tuple[int, int], params: tuple[Any, ...], given: dict[str, Tensor | None]
+        self,
+        op: str,
+        x: Tensor,
+        shape: tuple[int, int],
+        params: tuple[Any, ...],
+        given: dict[str, Tensor | None],
     ) -> Tensor:
         tensors = {name: t for name in TENSORS if (t := given.get(name)) is not None}
         quick = (op, x.dtype, shape, params, tuple((n, t.dtype) for n, t in tensors.items()))
@@ -164,7 +169,9 @@ class KernelLibrary:
         n, k = product["shape"]
         wanted = self.manifest["dtype"]
         if x.shape[-1] != k or str(x.dtype) != f"torch.{wanted}":
-            raise UsageError(f"x is {x.dtype} with {x.shape[-1]} features; this product takes {wanted} with {k}")
+            raise UsageError(
+                f"x is {x.dtype} with {x.shape[-1]} features; this product takes {wanted} with {k}"
+            )
         rows = _aligned(x.reshape(-1, k))
         tensors = {name: _aligned(t) for name, t in tensors.items()}
         out = rows.new_empty(rows.shape[0], n)
@@ -204,7 +211,9 @@ class KernelLibrary:
             memory = torch.empty(sum(sizes), dtype=torch.uint8, device=x.device)
             for i in range(len(sizes)):
                 addresses[f"scratch{i}"] = memory.data_ptr() + sum(sizes[:i])
-        stream = 0 if x.device.type == "cpu" else torch.get_device_module(x.device).current_stream().cuda_stream
+        stream = (
+            0 if x.device.type == "cpu" else torch.get_device_module(x.device).current_stream().cuda_stream
+        )
         for launch in launches:
             entry = self.manifest["kernels"][launch["kernel"]]
             values = [

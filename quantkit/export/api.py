@@ -79,7 +79,9 @@ def export(
         progress.stage("loading the checkpoint")
         model = load(path, trust_remote_code=trust_remote_code)
         if to == "kernels":
-            result = _kernels(model, folder, targets, dtype, atol, size, str(checkpoint), str(output), progress)
+            result = _kernels(
+                model, folder, targets, dtype, atol, size, str(checkpoint), str(output), progress
+            )
             _write_manifest(folder, result)
             result.seconds = time.perf_counter() - started
             return result
@@ -175,11 +177,18 @@ def _kernels(
     from quantkit.export import kernel_export, kernel_proof
 
     chosen = kernel_export.choose_dtype(model, dtype)
-    counts = kernel_export.write(model, folder, targets, chosen, lambda file: progress.stage(f"compiled {file}"))
+    counts = kernel_export.write(
+        model, folder, targets, chosen, lambda file: progress.stage(f"compiled {file}")
+    )
     progress.stage("running the kernels, if a GPU of the targets is here")
     proof, notice = kernel_proof.prove(model, folder, chosen, atol)
     written = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
-    settings = {"target": "kernels", "targets": list(targets), "dtype": str(chosen), "format": model.quantkit_layout}
+    settings = {
+        "target": "kernels",
+        "targets": list(targets),
+        "dtype": str(chosen),
+        "format": model.quantkit_layout,
+    }
     notices = [notice] if notice else []
     layout = model.quantkit_layout
     return ExportResult(

@@ -37,7 +37,8 @@ class AtenLinear(nn.Module):
 
     def __init__(self, layer: QuantLinear) -> None:
         super().__init__()
-        self.n, self.k = self.out_features, self.in_features = layer.shape
+        self.n, self.k = layer.shape
+        self.out_features, self.in_features = layer.shape
         self.packed = _Rounding(layer)
         self.bias = layer.bias
         perm = getattr(layer, "perm", None)
@@ -76,11 +77,12 @@ class AtenAffine(AtenLinear):
     def __init__(self, layer: QuantLinear) -> None:
         super().__init__(layer)
         assert isinstance(layer.encoding, Affine)
-        self.bits = layer.encoding.bits
-        self.codes, self.scale = fixed(layer.codes), fixed(layer.scale)
-        self.groups = layer.scale.shape[1]
+        self.bits: int = layer.encoding.bits
+        packed = layer.packed
+        assert packed.zero is not None
+        self.codes, self.scale, zero = fixed(packed.codes), fixed(packed.scale), packed.zero
+        self.groups: int = packed.scale.shape[1]
         self.group_size = min(layer.encoding.group_size, self.k)
-        zero = layer.zero.detach()
         self.common: int | None = None
         self.packed_zeros = False
         if not zero.is_floating_point() and bool((zero == zero.flatten()[0]).all()):
@@ -102,7 +104,9 @@ class AtenAffine(AtenLinear):
             x = torch.index_select(x, -1, self.perm)
         rounded, scale = reference.int8_per_token(x)
         wide = torch.float64 if self.k >= 65536 else torch.float32
-        product = torch.nn.functional.linear(rounded.to(wide), self._centred().reshape(self.n, self.k).to(wide))
+        product = torch.nn.functional.linear(
+            rounded.to(wide), self._centred().reshape(self.n, self.k).to(wide)
+        )
         out = product * (self.scale.to(wide)[:, 0] / scale.to(wide))
         return (out if self.bias is None else out + self.bias.to(wide)).float()
 
@@ -137,10 +141,12 @@ class AtenCodebook(AtenLinear):
         super().__init__(layer)
         assert isinstance(layer.encoding, Codebook)
         self.block = layer.encoding.block_size
-        self.codes, self.lut = fixed(layer.codes), fixed(layer.lut.float())
+        packed = layer.packed
+        assert packed.lut is not None
+        self.codes, self.lut = fixed(packed.codes), fixed(packed.lut.float())
         nested = getattr(layer, "nested_absmax", None)
         self.nested = None if nested is None else NestedAbsmax(nested)
-        self.scale: Tensor | None = None if nested is not None else fixed(layer.scale)
+        self.scale: Tensor | None = None if nested is not None else fixed(packed.scale)
 
     def dense(self) -> Tensor:
         # All 256 bytes as pairs of values, the high nibble first: one lookup per byte.
@@ -176,7 +182,7 @@ class AtenFloat8(AtenLinear):
     def __init__(self, layer: QuantLinear) -> None:
         super().__init__(layer)
         assert isinstance(layer.encoding, Float8)
-        self.codes, self.scale = fixed(layer.codes), fixed(layer.scale)
+        self.codes, self.scale = fixed(layer.packed.codes), fixed(layer.packed.scale)
         self.tile = (min(layer.encoding.block[0], self.n), min(layer.encoding.block[1], self.k))
 
     def dense(self) -> Tensor:

@@ -80,7 +80,9 @@ def argument_bytes(binary: bytes, symbol: str) -> int:
     for at in range(0, len(table.data), 24):
         name, _, _, section, value, _ = struct.unpack_from("<IBBHQQ", table.data, at)
         if names[name : names.index(b"\0", name)].decode() == f"{symbol}.kd":
-            header = struct.unpack_from("<Q", binary, 40)[0] + section * struct.unpack_from("<H", binary, 58)[0]
+            header = (
+                struct.unpack_from("<Q", binary, 40)[0] + section * struct.unpack_from("<H", binary, 58)[0]
+            )
             _, _, _, address, offset, *_ = struct.unpack_from("<IIQQQQIIQQ", binary, header)
             return int(struct.unpack_from("<I", binary, offset + value - address + 8)[0])
     raise QuantkitError(f"the binary has no kernel {symbol}")

@@ -79,13 +79,15 @@ def write(
     if not layers:
         raise UsageError("the checkpoint has no quantized layers", hint="Convert it first: quantkit convert.")
     products: dict[str, dict[str, Any]] = {}
-    calls: dict[str, Callable[[int], Any]] = {}
+    calls: dict[str, Callable[[int, Any], Any]] = {}
     of_layer: dict[str, int] = {}
     weights: dict[str, Tensor] = {}
     for path, layer in layers.items():
         tensors = weight_tensors(layer, dtype)
         op, params = operation(layer.packed)
-        key = product_key(op, _name(dtype), layer.shape, params, {n: _name(t.dtype) for n, t in tensors.items()})
+        key = product_key(
+            op, _name(dtype), layer.shape, params, {n: _name(t.dtype) for n, t in tensors.items()}
+        )
         if key not in products:
             shapes = {n: [_name(t.dtype), list(t.shape)] for n, t in tensors.items()}
             products[key] = {
@@ -140,7 +142,9 @@ def operation(packed: PackedWeight) -> tuple[str, tuple[Any, ...]]:
     return "float8_linear", (*encoding.block, packed.activation)
 
 
-def arguments(op: str, params: tuple[Any, ...], x: Any, tensors: dict[str, Any], shape: tuple[int, int]) -> Any:
+def arguments(
+    op: str, params: tuple[Any, ...], x: Any, tensors: dict[str, Any], shape: tuple[int, int]
+) -> Any:
     """Positional arguments of `op`."""
     get = tensors.get
     if op == "affine_linear":
@@ -203,7 +207,11 @@ class _Kernels:
         """LAUNCH of the manifest for a recorded step."""
         passed = [value if isinstance(value, str) else _number(value) for _, value in step.arguments]
         grid = [rule.to_json() for rule in step.grid]
-        return {"kernel": self._compiled(step.record, target), "grid": grid, "arguments": [*passed, "null", "null"]}
+        return {
+            "kernel": self._compiled(step.record, target),
+            "grid": grid,
+            "arguments": [*passed, "null", "null"],
+        }
 
     def _compiled(self, record: Any, target: str) -> int:
         key = (target, record.key())
@@ -223,7 +231,9 @@ class _Kernels:
     def _checked(self, built: Any, target: str) -> dict[str, Any]:
         entry, binary, cuda = dict(built.entry), built.binary, target.startswith("sm_")
         if any(entry.pop("scratch")):
-            raise QuantkitError(f"{entry['kernel']} wants scratch memory of Triton's own", hint="Report this.")
+            raise QuantkitError(
+                f"{entry['kernel']} wants scratch memory of Triton's own", hint="Report this."
+            )
         entry["parameters"] = [[n, t] for n, t in (*entry.pop("arguments").items(), *HIDDEN)]
         elf.check_signature(binary, entry["symbol"], [t for _, t in entry["parameters"]], cuda=cuda)
         entry["static_shared"] = elf.static_shared(binary, entry["symbol"]) if cuda else 0

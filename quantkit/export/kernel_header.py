@@ -200,9 +200,11 @@ static inline CUresult qk_product_{index}(const qk_kernels *k, CUstream stream, 
     const qk_weight *w, CUdeviceptr out, CUdeviceptr scratch) {{
   CUresult error = CUDA_SUCCESS;
   (void)scratch;
-  for (; rows > {last}; rows -= {last}, x += (size_t){last} * {k} * QK_ELEMENT, out += (size_t){last} * {n} * QK_ELEMENT) {{
+  for (; rows > {last}; rows -= {last}) {{
     error = qk_product_{index}(k, stream, {last}, x, w, out, scratch);
     if (error) return error;
+    x += (size_t){last} * {k} * QK_ELEMENT;
+    out += (size_t){last} * {n} * QK_ELEMENT;
   }}
   if (rows < 1) return error;
 {step_lines}

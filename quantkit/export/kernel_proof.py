@@ -32,8 +32,8 @@ def prove(
     manifest = read_manifest(folder)
     try:
         kernels = aot.load(folder)
-    except UsageError as error:
-        return None, f"the kernels were compiled and not run: {error.what}"
+    except UsageError as absent:
+        return None, f"the kernels were compiled and not run: {absent.what}"
     worst, largest, squared, total, compared = 0.0, 0.0, 0.0, 0.0, 0
     generator = torch.Generator().manual_seed(20)
     for index, product in enumerate(manifest["products"]):
@@ -61,4 +61,3 @@ def prove(
             compared += 1
     shown = atol if atol is not None else ALLOWED[dtype] * largest
     return Proof(worst, (squared / max(total, 1e-30)) ** 0.5, largest, compared, shown), None
-

@@ -127,7 +127,8 @@ class StaticRunner:
             self.cache = [(one.clone(), one.clone()) for _ in range(self.shape.layers)]
         full = torch.nn.functional.pad(mask, (0, self.length - total))
         places = torch.arange(total - ids.shape[1], total)
-        inputs = (t.to(self.device) for t in (ids, full, positions, places))
+        # Contiguous: a compiled package reads inputs with the strides it was traced with and checks nothing.
+        inputs = (t.to(self.device).contiguous() for t in (ids, full, positions, places))
         logits, *flat = self.program(*inputs, self.cache)
         self.cache = list(zip(flat[::2], flat[1::2]))
         return logits.cpu(), [t[:, :, :total].cpu() for t in flat]

@@ -1,4 +1,4 @@
-"""out[m, j] = x[m, columns[j]]: the input permutation of act-order weights, where torch is not there to do it (Triton)."""
+"""out[m, j] = x[m, columns[j]]: the input permutation of act-order weights, where torch is absent (Triton)."""
 
 # mypy: ignore-errors
 from __future__ import annotations

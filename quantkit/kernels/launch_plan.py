@@ -16,10 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 from unittest import mock
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
@@ -154,7 +154,11 @@ def _memory(tensor: Tensor) -> int:
 
 
 def record_run(
-    function: Callable[..., Any], inputs: dict[str, Tensor], arguments: Sequence[Any], target: GPUTarget, rows: int
+    function: Callable[..., Any],
+    inputs: dict[str, Tensor],
+    arguments: Sequence[Any],
+    target: GPUTarget,
+    rows: int,
 ) -> Run:
     """What `function(*arguments)` launches on `target`; `inputs` names the tensors among the arguments.
 
@@ -203,13 +207,14 @@ def regimes(run_at: Callable[[int], Run]) -> list[Regime]:
         else:
             groups.append([run])
     out = [regime_of(group) for group in groups]
-    for before, after in zip(out, out[1:]):
+    for before, after in pairwise(out):
         if before.last + 1 != after.first:  # a threshold between two samples: only what was seen is said
             return out[: out.index(after)]
     return out
 
 
 def regime_of(runs: list[Run]) -> Regime:
+    """The regime of runs that have one key: its rules."""
     rows = [r.rows for r in runs]
     first = runs[0]
     widths = sorted(

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +99,12 @@ def test_the_manifest_describes_the_binaries(exported: Path) -> None:
     for target in manifest["targets"]:
         rows = [r["rows"] for r in manifest["products"][0]["plans"][target]["regimes"]]
         assert rows[0][0] == 1 and rows[-1][1] == 128
-        assert all(a[1] + 1 == b[0] for a, b in zip(rows, rows[1:]))
+        assert all(a[1] + 1 == b[0] for a, b in pairwise(rows))
     record = json.loads((exported / "quantkit_export.json").read_text())
     assert record["proof"] is None or record["proof"]["steps"] > 0
-    assert (exported / "weights.safetensors").is_file() and not (exported / "gfx942/quantkit_kernels.h").exists()
+    assert (exported / "weights.safetensors").is_file() and not (
+        exported / "gfx942/quantkit_kernels.h"
+    ).exists()
 
 
 def test_the_binaries_disassemble(exported: Path) -> None:
@@ -175,7 +178,9 @@ def test_the_c_example_launches_what_the_jit_would(
     subprocess.run(command, check=True)
     environment = {**os.environ, "QK_STUB_LOG": str(log), "LD_LIBRARY_PATH": str(stub.parent)}
     x = torch.randn(rows, 64).half().numpy().tobytes()
-    done = subprocess.run([program, exported, LAYER, str(rows)], input=x, env=environment, capture_output=True)
+    done = subprocess.run(
+        [program, exported, LAYER, str(rows)], input=x, env=environment, capture_output=True
+    )
     assert done.returncode == 0 and len(done.stdout) == rows * 64 * 2, done.stderr
     parts = [rows] if rows <= 128 else [128, rows - 128]
     want = [launch for part in parts for launch in expected_launches(checkpoint, part)]
@@ -189,7 +194,9 @@ def test_the_c_example_launches_what_the_jit_would(
     sizes = [-(-rule_at(rule, min(rows, 128)) // 256) * 256 for rule in plan["scratch"]]
     allocations = [int(line.split()[2]) for line in log.read_text().splitlines() if line.startswith("alloc")]
     assert not sizes or allocations[-1] == sum(sizes)
-    wrong = subprocess.run([program, exported, "no.layer", "1"], env=environment, capture_output=True, text=True)
+    wrong = subprocess.run(
+        [program, exported, "no.layer", "1"], env=environment, capture_output=True, text=True
+    )
     assert wrong.returncode == 2 and "no layer no.layer" in wrong.stderr
 
 
@@ -285,7 +292,11 @@ def test_rules_are_found_or_refused() -> None:
 
 
 def test_bad_requests(
-    checkpoint: Path, exported: Path, tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path,
+    exported: Path,
+    tiny: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = ["-o", str(tmp_path / "out")]
 
@@ -312,6 +323,8 @@ def test_triton_absent(checkpoint: Path, tmp_path: Path) -> None:
     code = "import sys; sys.modules['triton'] = None; from quantkit.cli.app import run; sys.exit(run(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "export", str(checkpoint), "--to", "kernels", "-t", "sm_80"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, "-o", str(tmp_path / "x")], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "-o", str(tmp_path / "x")], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 2 and "compiles with Triton, which is not installed" in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "x").exists()
