@@ -10,7 +10,10 @@ nothing but torch loads and runs the file; the weights stay packed in it and are
 from __future__ import annotations
 
 import os
+import shutil
+import struct
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -80,7 +83,26 @@ def save(program: Any, file: Path) -> None:
     for node in program.graph.nodes:
         for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node", "torch_fn"):
             node.meta.pop(key, None)
+    program.example_inputs = None  # shapes are in the graph; the values would be 60 KB for four layers
     torch.export.save(program, file)
+    _deflate_graph(file)
+
+
+def _deflate_graph(file: Path) -> None:
+    """Compress the JSON in the archive (ten times smaller); weights stay stored, aligned to 64 bytes."""
+    packed = file.with_suffix(".packed")
+    with zipfile.ZipFile(file) as old, zipfile.ZipFile(packed, "w") as new:
+        for item in old.infolist():
+            target = zipfile.ZipInfo(item.filename, (1980, 1, 1, 0, 0, 0))
+            target.file_size = item.file_size  # beyond 2 GB zipfile must know beforehand
+            if item.filename.endswith(".json"):
+                target.compress_type = zipfile.ZIP_DEFLATED
+            elif new.fp is not None:
+                at = new.fp.tell() + 30 + len(item.filename.encode())
+                target.extra = b"FB" + struct.pack("<H", -(at + 4) % 64) + b"\0" * (-(at + 4) % 64)
+            with old.open(item) as source, new.open(target, "w") as sink:
+                shutil.copyfileobj(source, sink, 1 << 20)
+    os.replace(packed, file)
 
 
 def load_program(file: Path) -> Callable[..., Any]:
@@ -90,8 +112,6 @@ def load_program(file: Path) -> Callable[..., Any]:
 
 def check_compiler() -> None:
     """UsageError where AOTInductor would find no C++ compiler."""
-    import shutil
-
     if not any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "clang++")):
         raise UsageError("--to aoti needs a C++ compiler", hint="Install g++, or export --to torch.")
 
