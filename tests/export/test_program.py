@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import pytest
 import torch
 
 import quantkit
+from quantkit.cli.app import run
 from quantkit.encoding import Codebook, Float8, PackedWeight, pack_affine
 from quantkit.errors import UsageError
 from quantkit.export import aten_layers
@@ -148,6 +151,26 @@ def test_every_format_and_family(tiny: Callable[..., Path], tmp_path: Path, fami
     assert result.proof is not None and result.proof.steps == 10
     assert result.proof.relative_error < (2e-2 if format in ("fp8", "ternary") else 1e-5)
     assert not [kind for kind in result.nodes if not kind.startswith(("aten.", "<built-in", "_operator"))]
+
+
+def documented(heading: str) -> list[list[str]]:
+    """The commands in the first shell blocks of a section of docs/export.md, as lists of words."""
+    page = (EXAMPLES.parent / "docs/export.md").read_text(encoding="utf-8")
+    section = page[page.index(f"## {heading}") :].split("\n## ")[0]
+    blocks = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
+    return [shlex.split(line) for block in blocks for line in block.splitlines()]
+
+
+def test_the_documented_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/export.md, section torch.export, word for word on the example."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(EXAMPLES)
+    quantkit.convert("examples/pydoc-qwen2-3m", "CHECKPOINT", format="nf4")
+    first, second = documented("torch.export")
+    assert first[0] == "quantkit" and run(first[1:]) == 0
+    assert second[:2] == ["python", "examples/run-pt2/generate.py"]
+    made = run_blocked(Path(second[1]), *second[2:])
+    assert made == greedy(Path("CHECKPOINT"), [int(t) for t in second[3].split(",")], int(second[4]))
 
 
 def test_the_example_is_as_small_as_its_checkpoint(tmp_path: Path) -> None:
