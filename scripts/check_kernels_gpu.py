@@ -153,7 +153,7 @@ def check(folder: Path) -> int:
 
 
 def cuda_flags() -> list[str]:
-    """Where cuda.h and libcuda are: the toolkit's, or Triton's copy of the header and the driver itself."""
+    """Where cuda.h is (the toolkit's, or Triton's copy), and the driver's library that torch has loaded."""
     import importlib.util
 
     places = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
@@ -161,34 +161,17 @@ def cuda_flags() -> list[str]:
     spec = importlib.util.find_spec("triton")
     if not found and spec and spec.origin:
         found = [str(Path(spec.origin).parent / "backends/nvidia/include")]
-    return [*(f"-I{p}" for p in found[:1]), "-l:libcuda.so.1"]
+    maps = Path("/proc/self/maps").read_text().split()
+    library = next((word for word in maps if "/libcuda.so" in word), "-lcuda")
+    return [f"-I{found[0]}", library] if found else [library]
 
 
 def c_example(folder, manifest, model, inputs, results, scratch: Path) -> tuple[list[str], int]:  # type: ignore[no-untyped-def]
     major, minor = torch.cuda.get_device_capability()
     program = scratch / "multiply"
     source = ROOT / "examples/run-kernels-c/multiply.c"
-    flags = cuda_flags()
-    libraries = [f for f in flags if f.startswith("-l")]
-    includes = [f for f in flags if f.startswith("-I")]
-    command = [
-        "gcc",
-        "-O1",
-        "-Wall",
-        f"-I{folder}/sm_{major}{minor}",
-        *includes,
-        str(source),
-        "-o",
-        str(program),
-    ]
-    for place in (
-        "/usr/lib/x86_64-linux-gnu",
-        "/usr/lib64",
-        "/usr/local/nvidia/lib64",
-        "/lib/x86_64-linux-gnu",
-    ):
-        command += [f"-L{place}"] if Path(place).is_dir() else []
-    subprocess.run([*command, *libraries], check=True)
+    command = ["gcc", "-O1", "-Wall", f"-I{folder}/sm_{major}{minor}", str(source), "-o", str(program)]
+    subprocess.run([*command, *cuda_flags()], check=True)
     lines, failures = [], 0
     for (name, rows), x in inputs.items():
         if rows not in (1, 16, 300):
