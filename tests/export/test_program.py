@@ -83,7 +83,7 @@ def random_weight(kind: str, n: int, k: int) -> PackedWeight:
             Codebook(4, 64), (n, k), codes, torch.rand(blocks), lut=torch.randn(16).sort().values
         )
     if kind.startswith("float8"):
-        block = {"float8": (128, 128), "float8-channel": (1, 1 << 30)}[kind]
+        block = {"float8": (128, 128), "float8-channel": (1, k)}[kind]
         codes = (torch.randn(n, k) * 3).to(torch.float8_e4m3fn).view(torch.uint8)
         scale = torch.rand(-(-n // block[0]), -(-k // block[1]))
         return PackedWeight(Float8(block), (n, k), codes, scale, activation="fp8_token")
