@@ -19,14 +19,18 @@ quantkit export out-awq --to onnx -o out-onnx
 
 quantkit export out-gptq --to onnx --accuracy-level 4 -o out-fast
 
-quantkit export out-nf4 --to torch -o out-pt2"""
+quantkit export out-nf4 --to torch -o out-pt2
+
+quantkit export out-gptq --to kernels -t sm_80 -t sm_90 -o out-kernels"""
 
 
 @guarded()
 def export_command(
     checkpoint: Annotated[str, typer.Argument(help="Directory of a quantized checkpoint, or a hub id.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to create.")],
-    to: Annotated[str, typer.Option("--to", help="onnx, torch (a .pt2) or aoti (compiled).")] = "onnx",
+    to: Annotated[
+        str, typer.Option("--to", help="onnx, torch (a .pt2), aoti (compiled) or kernels (GPU binaries).")
+    ] = "onnx",
     opset: Annotated[int, typer.Option(help="ONNX operator set.")] = 23,
     atol: Annotated[
         float | None, typer.Option(help="Largest difference of a logit that the proof allows.")
@@ -43,7 +47,15 @@ def export_command(
     keep_ops: Annotated[
         bool, typer.Option("--keep-ops", help="Keep quantkit's operators in the .pt2 (torch).")
     ] = False,
-    device: Annotated[str, typer.Option(help="cpu.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, or cuda (aoti).")] = "cpu",
+    target: Annotated[
+        list[str] | None,
+        typer.Option("--target", "-t", help="Chip: sm_80, sm_90, gfx942, ...; repeat (kernels)."),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Of x: float16, bfloat16, float32; default: the checkpoint's (kernels)."),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUTPUT if it is an export.")
     ] = False,
@@ -51,7 +63,7 @@ def export_command(
     trust_remote_code: TrustRemoteCode = False,
     debug: Debug = False,
 ) -> None:
-    """Export a checkpoint to ONNX or torch.export, and prove that the artifact computes the same."""
+    """Export a checkpoint to ONNX, torch.export or GPU binaries, and prove that it computes the same."""
     import quantkit
     from quantkit.progress import RichProgress
 
@@ -69,6 +81,8 @@ def export_command(
                 standard=standard,
                 keep_ops=keep_ops,
                 device=device,
+                targets=target or (),
+                dtype=dtype,
                 overwrite=overwrite,
                 trust_remote_code=trust_remote_code,
                 progress=progress,
@@ -94,17 +108,20 @@ def _print(result: Any) -> None:
             f"{size(result.artifact_bytes)} ({result.artifact_bytes / result.checkpoint_bytes:.1%})",
         ),
         (
-            "nodes",
+            "binaries" if result.target == "kernels" else "nodes",
             ", ".join(f"{count} {kind}" for kind, count in kinds[:8])
             + f"; {sum(result.nodes.values())} in all",
         ),
-        (
-            "largest error",
-            f"{proof.max_error:.2g} of logits up to {proof.largest_logit:.3g} (allowed {proof.atol:.2g})",
-        ),
-        ("relative error", f"{proof.relative_error:.2g} over prefill and {proof.steps} decode steps"),
     ]
-    if proof.artifact_tokens_per_second and proof.source_tokens_per_second:
+    if proof:
+        kernels = result.target == "kernels"
+        kind, over = ("outputs", "products") if kernels else ("logits", "decode steps after the prefill")
+        allowed = f"allowed {proof.atol:.2g}"
+        rows += [
+            ("largest error", f"{proof.max_error:.2g} of {kind} up to {proof.largest_logit:.3g} ({allowed})"),
+            ("relative error", f"{proof.relative_error:.2g} over {proof.steps} {over}"),
+        ]
+    if proof and proof.artifact_tokens_per_second and proof.source_tokens_per_second:
         speeds = (
             f"{proof.artifact_tokens_per_second:.0f} tokens/s; quantkit {proof.source_tokens_per_second:.0f}"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from quantkit.linear import QuantLinear
 from quantkit.load import find_quantized, load, read_layer
 from quantkit.progress import NullProgress, Progress
 
-TARGETS = ("onnx", "torch", "aoti")
+TARGETS = ("onnx", "torch", "aoti", "kernels")
 #: accuracy_level of MatMulNBits: 1 is float32 arithmetic, 4 rounds activations to int8.
 LEVELS = {0: 1, 1: 1, 4: 4}
 #: Default tolerance as a share of the largest logit: float32 arithmetic, and rounding of activations (where a
@@ -42,6 +43,8 @@ def export(
     standard: bool = False,
     keep_ops: bool = False,
     device: str = "cpu",
+    targets: Sequence[str] = (),
+    dtype: str | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -50,13 +53,16 @@ def export(
 
     Parameters
     ----------
-    to: "onnx" (onnxruntime, onnxruntime-genai), "torch" (a torch.export `.pt2`) or "aoti" (compiled package).
+    to: "onnx" (onnxruntime, onnxruntime-genai), "torch" (a torch.export `.pt2`), "aoti" (compiled package) or
+        "kernels" (GPU binaries with manifest, C header and packed weights).
     opset, standard, accuracy_level: ONNX only. `standard` uses no operators beyond the ONNX standard;
         `accuracy_level` 4 rounds activations to int8 per block, 1 computes in float32.
     atol: largest difference of a logit from the quantkit model; None is 1e-4 of the largest logit, or 2e-2
         where activations are rounded.
     kv_cache: False exports a graph without cache inputs and outputs (ONNX only).
     keep_ops: "torch" only: keep quantkit's custom operators instead of decomposing them to aten.
+    device: "aoti" only: "cpu" or "cuda", what the package is compiled for.
+    targets, dtype: "kernels" only: chips ("sm_90", "gfx942", ...), and the dtype of x (the checkpoint's).
 
     Raises UsageError, CheckpointError, DestinationError or NumericsError (the proof failed), each in one
     line; `output` is then what it was.
@@ -64,6 +70,7 @@ def export(
     started = time.perf_counter()
     progress = progress or NullProgress()
     _check_arguments(to, opset, accuracy_level, kv_cache, standard, keep_ops, device)
+    _check_kernel_arguments(to, targets, dtype)
     path = resolve_model(checkpoint)
     size = sum(f.stat().st_size for f in Path(path).iterdir() if f.name.endswith(".safetensors"))
     notices: list[str] = []
@@ -71,6 +78,13 @@ def export(
     with staged(output, overwrite=overwrite, source=Path(path), need_bytes=int(size * 1.1)) as folder:
         progress.stage("loading the checkpoint")
         model = load(path, trust_remote_code=trust_remote_code)
+        if to == "kernels":
+            result = _kernels(
+                model, folder, targets, dtype, atol, size, str(checkpoint), str(output), progress
+            )
+            _write_manifest(folder, result)
+            result.seconds = time.perf_counter() - started
+            return result
         decoders.check_supported(model)
         if model.quantkit_layout is None:
             notices.append(f"{checkpoint} is not quantized: exported as it is")
@@ -85,7 +99,7 @@ def export(
         if to == "onnx":
             nodes, proof = _onnx(model, folder, expected, allowed, opset, kv_cache, level, standard)
         else:
-            nodes, proof = _program(model, folder, expected, allowed, to, keep_ops)
+            nodes, proof = _program(model, folder, expected, allowed, to, keep_ops, device)
         progress.stage("publishing")
         _copy_files(path, folder)
         settings = {"target": to, "device": device, "format": model.quantkit_layout, "keep_ops": keep_ops}
@@ -104,8 +118,7 @@ def export(
             settings,
             notices,
         )
-        manifest = {"quantkit": quantkit.__version__, "torch": torch.__version__, **result.to_json()}
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        _write_manifest(folder, result)
     result.seconds = time.perf_counter() - started
     return result
 
@@ -117,8 +130,7 @@ def _check_arguments(
         raise UsageError(f"unknown target {to!r}", hint=did_you_mean(to, TARGETS))
     if level not in LEVELS:
         raise UsageError(f"accuracy level {level} is not one of 0, 1 and 4", hint="4 is fast, 1 is exact.")
-    if device != "cpu":
-        raise UsageError(f"export for device {device!r} is not supported yet", hint="Leave --device at cpu.")
+    _check_device(to, device)
     if to == "onnx":
         from importlib.util import find_spec
 
@@ -134,6 +146,69 @@ def _check_arguments(
         raise UsageError(f"--keep-ops is for --to torch, not {to}", hint="Leave it out.")
     if (standard or level == 4) and to != "onnx":
         raise UsageError("--standard and --accuracy-level are for --to onnx", hint="Leave them out.")
+
+
+def _check_kernel_arguments(to: str, targets: Sequence[str], dtype: str | None) -> None:
+    if to == "kernels":
+        from quantkit.export.kernel_export import check_targets
+
+        check_targets(targets, None)
+    elif targets or dtype is not None:
+        raise UsageError(f"--target and --dtype are for --to kernels, not {to}", hint="Leave them out.")
+
+
+def _write_manifest(folder: Path, result: ExportResult) -> None:
+    manifest = {"quantkit": quantkit.__version__, "torch": torch.__version__, **result.to_json()}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def _kernels(
+    model: Any,
+    folder: Path,
+    targets: Sequence[str],
+    dtype: str | None,
+    atol: float | None,
+    size: int,
+    checkpoint: str,
+    output: str,
+    progress: Progress,
+) -> ExportResult:
+    """Binaries, manifest, header and weights; run where a GPU of the targets is there."""
+    from quantkit.export import kernel_export, kernel_proof
+
+    chosen = kernel_export.choose_dtype(model, dtype)
+    counts = kernel_export.write(
+        model, folder, targets, chosen, lambda file: progress.stage(f"compiled {file}")
+    )
+    progress.stage("running the kernels, if a GPU of the targets is here")
+    proof, notice = kernel_proof.prove(model, folder, chosen, atol)
+    written = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+    settings = {
+        "target": "kernels",
+        "targets": list(targets),
+        "dtype": str(chosen),
+        "format": model.quantkit_layout,
+    }
+    notices = [notice] if notice else []
+    layout = model.quantkit_layout
+    return ExportResult(
+        checkpoint, output, "kernels", layout, size, written, counts, proof, 0.0, settings, notices
+    )
+
+
+def _check_device(to: str, device: str) -> None:
+    if device not in ("cpu", "cuda"):
+        raise UsageError(f"unknown device {device!r}", hint=did_you_mean(device, ("cpu", "cuda")))
+    if to == "aoti":
+        from quantkit.export.program import check_compiler
+
+        check_compiler()
+    elif device != "cpu":
+        raise UsageError(f"--device {device} is for --to aoti, not {to}", hint="Leave it out.")
+    if device == "cuda":
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        if found is None or found.type != "cuda":
+            raise UsageError("torch sees no CUDA device here", hint="Export on a machine with the GPU.")
 
 
 def _expected(path: Any, kv_cache: bool, level: int, trust_remote_code: bool) -> Expected:
@@ -214,18 +289,18 @@ def _onnx(
 
 
 def _program(
-    model: Any, folder: Path, expected: Expected, atol: float, to: str, keep_ops: bool
+    model: Any, folder: Path, expected: Expected, atol: float, to: str, keep_ops: bool, device: str
 ) -> tuple[dict[str, int], Proof]:
     from quantkit.export import program
 
-    exported = program.trace(model, keep_ops=keep_ops)
+    exported = program.trace(model, keep_ops=keep_ops, device=device)
     file = folder / program.MODEL
     if to == "torch":
         program.save(exported, file)
         run = program.load_program(file)
     else:
         run = program.compile_package(exported, file)
-    runner = program.StaticRunner(run, program.cache_shape(model))
+    runner = program.StaticRunner(run, program.cache_shape(model), device=device)
     proof = compare(expected, runner, atol, f"the {to} program")
     return program.count_nodes(exported), _with_speed(proof, expected, runner.tokens_per_second())
 

@@ -9,39 +9,26 @@ nothing but torch loads and runs the file; the weights stay packed in it and are
 
 from __future__ import annotations
 
+import os
+import shutil
+import struct
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from quantkit.encoding import PackedWeight
 from quantkit.errors import UsageError
+from quantkit.export.aten_layers import aten_layer
 from quantkit.export.decoder import StaticDecoder
 from quantkit.export.onnx_graph import CacheShape, quiet
-from quantkit.kernels import reference
 from quantkit.linear import QuantLinear
 
 MODEL = "model.pt2"
-
-
-class AtenLinear(nn.Module):
-    """A quantized layer as plain torch operations: quantkit's reference, traced."""
-
-    def __init__(self, layer: QuantLinear) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        layer = self.layer
-        bias = None if layer.bias is None else layer.bias.float()
-        # Not `layer.packed`: its `.data` would look like constants to the tracer.
-        tensors = {name: getattr(layer, name) for name in layer._packed_names}
-        packed = PackedWeight(layer.encoding, layer.shape, activation=layer.activation, **tensors)
-        return reference.quant_linear(x, packed, bias)
 
 
 def cache_shape(model: Any) -> CacheShape:
@@ -49,22 +36,22 @@ def cache_shape(model: Any) -> CacheShape:
     return CacheShape.of(model)
 
 
-def trace(model: Any, *, keep_ops: bool) -> Any:
-    """The ExportedProgram of a prepared model (see `quantkit.export.decoder.prepare`)."""
+def trace(model: Any, *, keep_ops: bool, device: str = "cpu") -> Any:
+    """The ExportedProgram of a prepared model (see `quantkit.export.decoder.prepare`), its tensors on `device`."""
     shape = CacheShape.of(model)
     if not keep_ops:
         for path, module in list(model.named_modules()):
             if isinstance(module, QuantLinear):
-                setattr(
-                    model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], AtenLinear(module)
-                )
+                parent = model.get_submodule(path.rpartition(".")[0])
+                setattr(parent, path.rpartition(".")[2], aten_layer(module))
     batch, new, length = 2, 3, 7
-    one = torch.zeros(batch, shape.heads, length, shape.size)
+    model.to(device)
+    one = torch.zeros(batch, shape.heads, length, shape.size, device=device)
     args = (
-        torch.ones(batch, new, dtype=torch.int64),
-        torch.ones(batch, length, dtype=torch.int64),
-        torch.arange(new)[None].repeat(batch, 1),
-        torch.arange(new),
+        torch.ones(batch, new, dtype=torch.int64, device=device),
+        torch.ones(batch, length, dtype=torch.int64, device=device),
+        torch.arange(new, device=device)[None].repeat(batch, 1),
+        torch.arange(new, device=device),
         [(one.clone(), one.clone()) for _ in range(shape.layers)],
     )
     any_size = torch.export.Dim.DYNAMIC
@@ -96,7 +83,26 @@ def save(program: Any, file: Path) -> None:
     for node in program.graph.nodes:
         for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node", "torch_fn"):
             node.meta.pop(key, None)
+    program.example_inputs = None  # shapes are in the graph; the values would be 60 KB for four layers
     torch.export.save(program, file)
+    _deflate_graph(file)
+
+
+def _deflate_graph(file: Path) -> None:
+    """Compress the JSON in the archive (ten times smaller); weights stay stored, aligned to 64 bytes."""
+    packed = file.with_suffix(".packed")
+    with zipfile.ZipFile(file) as old, zipfile.ZipFile(packed, "w") as new:
+        for item in old.infolist():
+            target = zipfile.ZipInfo(item.filename, (1980, 1, 1, 0, 0, 0))
+            target.file_size = item.file_size  # beyond 2 GB zipfile must know beforehand
+            if item.filename.endswith(".json"):
+                target.compress_type = zipfile.ZIP_DEFLATED
+            elif new.fp is not None:
+                at = new.fp.tell() + 30 + len(item.filename.encode())
+                target.extra = b"FB" + struct.pack("<H", -(at + 4) % 64) + b"\0" * (-(at + 4) % 64)
+            with old.open(item) as source, new.open(target, "w") as sink:
+                shutil.copyfileobj(source, sink, 1 << 20)
+    os.replace(packed, file)
 
 
 def load_program(file: Path) -> Callable[..., Any]:
@@ -104,12 +110,15 @@ def load_program(file: Path) -> Callable[..., Any]:
     return torch.export.load(file).module()
 
 
-def compile_package(program: Any, file: Path) -> Callable[..., Any]:
-    """AOTInductor's package for the CPU; returns it loaded. Needs a C++ compiler."""
-    import shutil
-
-    if not (shutil.which("g++") or shutil.which("clang++")):
+def check_compiler() -> None:
+    """UsageError where AOTInductor would find no C++ compiler."""
+    if not any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "clang++")):
         raise UsageError("--to aoti needs a C++ compiler", hint="Install g++, or export --to torch.")
+
+
+def compile_package(program: Any, file: Path) -> Callable[..., Any]:
+    """AOTInductor's package for the device that `program` was traced on; returns it loaded."""
+    check_compiler()
     with quiet(), torch.no_grad():
         torch._inductor.aoti_compile_and_package(program, package_path=str(file))
     return torch._inductor.aoti_load_package(str(file))
@@ -123,21 +132,26 @@ def count_nodes(program: Any) -> Counter[str]:
 class StaticRunner:
     """A `proof.Runner` over a program with a static cache, which lives in the object."""
 
-    def __init__(self, program: Callable[..., Any], shape: CacheShape, length: int = 32) -> None:
-        self.program, self.shape, self.length = program, shape, length
+    def __init__(
+        self, program: Callable[..., Any], shape: CacheShape, length: int = 32, device: str = "cpu"
+    ) -> None:
+        self.program, self.shape, self.length, self.device = program, shape, length, device
         self.cache: list[tuple[Tensor, Tensor]] = []
 
     @torch.no_grad()
     def __call__(self, ids: Tensor, mask: Tensor, positions: Tensor) -> tuple[Tensor, list[Tensor]]:
         total = mask.shape[1]
         if total == ids.shape[1]:
-            one = torch.zeros(ids.shape[0], self.shape.heads, self.length, self.shape.size)
+            size = (ids.shape[0], self.shape.heads, self.length, self.shape.size)
+            one = torch.zeros(size, device=self.device)
             self.cache = [(one.clone(), one.clone()) for _ in range(self.shape.layers)]
         full = torch.nn.functional.pad(mask, (0, self.length - total))
         places = torch.arange(total - ids.shape[1], total)
-        logits, *flat = self.program(ids, full, positions, places, self.cache)
+        # Contiguous: a compiled package reads inputs with the strides it was traced with and checks nothing.
+        inputs = (t.to(self.device).contiguous() for t in (ids, full, positions, places))
+        logits, *flat = self.program(*inputs, self.cache)
         self.cache = list(zip(flat[::2], flat[1::2]))
-        return logits, [t[:, :, :total] for t in flat]
+        return logits.cpu(), [t[:, :, :total].cpu() for t in flat]
 
     def tokens_per_second(self, steps: int = 10) -> float:
         """Median decode speed of one row."""

@@ -10,7 +10,10 @@ from quantkit.export.proof import Proof
 
 @dataclass
 class ExportResult:
-    """Sizes in bytes, seconds, counts of graph nodes by type (`domain::Type`), and the proof."""
+    """Sizes in bytes, seconds, counts of graph nodes (or binaries) by type, and the proof.
+
+    `proof` is None for kernels that no GPU here can run; a notice says so.
+    """
 
     checkpoint: str
     output: str
@@ -19,7 +22,7 @@ class ExportResult:
     checkpoint_bytes: int
     artifact_bytes: int
     nodes: dict[str, int]
-    proof: Proof
+    proof: Proof | None
     seconds: float
     settings: dict[str, Any] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)

@@ -277,6 +277,9 @@ def compile_record(item: Record, target_name: str) -> Built:
         "constants": shown,
         "grid": item.grid_rule,
         "threads": int(compiled.metadata.num_warps) * target.warp_size,
+        "scratch": [
+            int(getattr(compiled.metadata, f"{kind}_scratch_size", 0)) for kind in ("global", "profile")
+        ],
         "shared": shared,
         "shared_limit": limit,
         "sha256": hashlib.sha256(binary).hexdigest(),

@@ -75,9 +75,22 @@ def _function(op: str, device_type: str) -> Implementation | None:
     return getattr(_backend(device_type, encoding), op, None)
 
 
+_installed: dict[tuple[str, str], Implementation] = {}
+
+
+def install(op: str, device_type: str, kernel: Implementation | None) -> None:
+    """Answer `op` on `device_type` with `kernel` instead of the backend (None: with the backend again)."""
+    if kernel is None:
+        _installed.pop((op, device_type), None)
+    else:
+        _installed[op, device_type] = kernel
+
+
 def implementation(op: str, device_type: str) -> Implementation | None:
-    """The backend's function for `op` on `device_type`, or None where only the reference exists."""
-    return None if _reference_only.get() else _function(op, device_type)
+    """The function for `op` on `device_type`, or None where only the reference exists."""
+    if _reference_only.get():
+        return None
+    return _installed.get((op, device_type)) or _function(op, device_type)
 
 
 def launch_failed(op: str, error: Exception) -> bool:
