@@ -55,6 +55,9 @@ class TracedCache:
 class Decoder(nn.Module):
     """See the module's docstring. `attention` decides how keys and values are joined and multiplied."""
 
+    #: False for a subclass whose forward has no `position_ids`.
+    takes_positions = True
+
     def __init__(self, model: Any, attention: Attention, *, use_cache: bool = True) -> None:
         super().__init__()
         self.model = model
