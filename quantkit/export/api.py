@@ -21,6 +21,7 @@ from quantkit.export.stage import MANIFEST, staged
 from quantkit.hub import resolve_model
 from quantkit.linear import QuantLinear, set_cpu_activations
 from quantkit.load import find_quantized, load, read_layer
+from quantkit.meta_model import build_meta_model
 from quantkit.progress import NullProgress, Progress
 
 TARGETS = ("onnx", "torch", "aoti")
@@ -70,9 +71,10 @@ def export(
     notices: list[str] = []
     level = LEVELS[accuracy_level]
     with staged(output, overwrite=overwrite, source=Path(path), need_bytes=int(size * 1.1)) as folder:
+        with CheckpointReader(path) as reader:  # what cannot be exported is named before weights are read
+            decoders.check_supported(build_meta_model(Path(path), reader.config, trust_remote_code)[1])
         progress.stage("loading the checkpoint")
         model = load(path, trust_remote_code=trust_remote_code)
-        decoders.check_supported(model)
         if model.quantkit_layout is None:
             notices.append(f"{checkpoint} is not quantized: exported as it is")
         _attach_nested(path, model)

@@ -195,6 +195,7 @@ def check_supported(model: Any) -> None:
     attentions = [m for m in model.modules() if hasattr(m, "o_proj") and hasattr(m, "layer_idx")]
     if len(attentions) != getattr(config, "num_hidden_layers", -1):
         unknown.add("attention of its own kind")
+    unknown |= {f"{type(m).__name__}: {why}" for m in model.modules() if (why := unfusable(m))}
     if unknown:
         raise UsageError(
             f"export does not support the architecture {name} ({', '.join(sorted(unknown))})",
@@ -354,8 +355,6 @@ def prepare(model: Any) -> None:
 def _replacement(module: nn.Module) -> nn.Module | None:
     if isinstance(module, UnfusedExperts):
         return DenseExperts(module)
-    if unfusable(module) not in ("", None):
-        raise UsageError(f"export does not support {type(module).__name__}: {unfusable(module)}")
     if isinstance(module, nn.Embedding):
         return StoredEmbedding(module)
     if type(module) is nn.Linear:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import quantkit
-from quantkit.errors import DestinationError, NumericsError, UsageError
+from quantkit.errors import DestinationError, UsageError
 from quantkit.export.api import export
 from quantkit.export.onnx_graph import CacheShape
 from quantkit.export.onnx_run import OnnxRunner
@@ -32,7 +32,6 @@ FORMATS: dict[str, dict[str, Any]] = {
     "fp8": {},
     "ternary": {},
 }
-FAMILIES = ["llama", "qwen2", "gemma2", "phi3", "mixtral"]
 
 
 def converted(tiny: Callable[..., Path], tmp_path: Path, family: str, format: str, **options: Any) -> Path:
@@ -108,24 +107,6 @@ def test_standard_operators_only(tiny: Callable[..., Path], tmp_path: Path) -> N
     assert compare_fresh(checkpoint, tmp_path / "onnx", 2, 6) < 1e-5
 
 
-def test_the_first_layer_that_differs_is_named(
-    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An artifact with a wrong weight is not published."""
-    from quantkit.export import onnx_graph
-
-    def spoil(decoder: Any, *args: Any) -> Any:
-        decoder.model.model.layers[1].self_attn.k_proj.scale.data.mul_(1.5)
-        return original(decoder, *args)
-
-    original = onnx_graph.to_onnx
-    monkeypatch.setattr(onnx_graph, "to_onnx", spoil)
-    checkpoint = converted(tiny, tmp_path, "llama", "hqq")
-    with pytest.raises(NumericsError, match="first seen in the keys of layer 1"):
-        export(checkpoint, tmp_path / "onnx")
-    assert not (tmp_path / "onnx").exists() and not list(tmp_path.glob(".*quantkit*"))
-
-
 def test_bad_requests(tiny: Callable[..., Path], tmp_path: Path) -> None:
     checkpoint = tiny("llama")
     with pytest.raises(UsageError, match="opset 17 is too old"):
@@ -146,15 +127,3 @@ def test_bad_requests(tiny: Callable[..., Path], tmp_path: Path) -> None:
         export(checkpoint, tmp_path / "there", overwrite=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["there"]
     assert (tmp_path / "there/file").read_text() == "mine"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("format", list(FORMATS))
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("target", ["onnx", "torch"])
-def test_matrix(tiny: Callable[..., Path], tmp_path: Path, family: str, format: str, target: str) -> None:
-    """Every family in every format: the export's own proof passes."""
-    checkpoint = converted(tiny, tmp_path, family, format)
-    result = export(checkpoint, tmp_path / target, to=target)
-    rounds = format in ("ternary", "fp8")
-    assert result.proof.relative_error < (2e-2 if rounds else 1e-5)
