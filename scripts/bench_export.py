@@ -77,14 +77,20 @@ def prepare(args: argparse.Namespace) -> None:
             for level in LEVELS:
                 folder = args.work / f"{model}-{recipe}-onnx{level}"
                 if args.again or not folder.is_dir():
-                    quantkit(
-                        "export", checkpoint, "-o", folder, f"--accuracy-level={level}", "--overwrite"
-                    )
+                    quantkit("export", checkpoint, "-o", folder, f"--accuracy-level={level}", "--overwrite")
         for level in LEVELS:
             for head, extra in (("", []), ("-head16", ["nodes_to_exclude=/lm_head/MatMul"])):
                 folder = args.work / f"{model}-builder{level}{head}"
                 if not folder.is_dir():
-                    command = [args.genai, "-m", "onnxruntime_genai.models.builder", "-i", dense, "-o", folder]
+                    command = [
+                        args.genai,
+                        "-m",
+                        "onnxruntime_genai.models.builder",
+                        "-i",
+                        dense,
+                        "-o",
+                        folder,
+                    ]
                     command += ["-p", "int4", "-e", "cpu", "-c", args.work / "cache", "--extra_options"]
                     run([*command, f"accuracy_level={level}", *extra])
 
@@ -153,7 +159,9 @@ def table(
         f"\n{model}: {args.threads} threads, prompt of {args.context} tokens, then {args.steps} decode steps "
         f"(median step), medians of {args.rounds} rounds\n"
     )
-    print("| model | runtime | accuracy level | weights, MB | decode, tokens/s | x dense | prefill, tokens/s |")
+    print(
+        "| model | runtime | accuracy level | weights, MB | decode, tokens/s | x dense | prefill, tokens/s |"
+    )
     print("|---|---|---|---|---|---|---|")
     base = None
     for i, (name, engine, folder, level) in enumerate(chosen):
@@ -194,7 +202,9 @@ def torch_times(folder: str, context: int, steps: int, threads: int) -> list[tup
             for _ in range(steps):
                 ids = out.logits[:, -1:].argmax(-1)
                 cache = out.past_key_values
-                out, took = timed(lambda i=ids, c=cache: model(input_ids=i, past_key_values=c, use_cache=True))
+                out, took = timed(
+                    lambda i=ids, c=cache: model(input_ids=i, past_key_values=c, use_cache=True)
+                )
                 times.append(took)
         return first, times
 
@@ -219,9 +229,7 @@ def ort_times(folder: str, context: int, steps: int, threads: int) -> list[tuple
     value = ort.OrtValue.ortvalue_from_numpy
 
     def once(steps: int) -> tuple[float, list[float]]:
-        cache = {
-            n: value(np.zeros((1, heads, 0, size), np.float32)) for n in past
-        }
+        cache = {n: value(np.zeros((1, heads, 0, size), np.float32)) for n in past}
         ids, done, times = np.array([prompt(context)], dtype=np.int64), 0, []
         for _ in range(steps + 1):
             new = ids.shape[1]
@@ -244,9 +252,7 @@ def genai_times(folder: str, context: int, steps: int, threads: int) -> list[tup
     import onnxruntime_genai as og
 
     config = og.Config(folder)
-    config.overlay(
-        json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}})
-    )
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
     model = og.Model(config)
 
     def once(steps: int) -> tuple[float, list[float]]:

@@ -67,9 +67,7 @@ def example_inputs(shape: CacheShape, *, past: int, new: int, batch: int = 2) ->
     return ids, mask, positions, [(one.clone(), one.clone()) for _ in range(shape.layers)]
 
 
-def to_onnx(
-    decoder: Decoder, shape: CacheShape, opset: int, folder: Path, *, fused: bool
-) -> Counter[str]:
+def to_onnx(decoder: Decoder, shape: CacheShape, opset: int, folder: Path, *, fused: bool) -> Counter[str]:
     """Write `folder/model.onnx` and its data file; returns how many nodes of each type the graph has.
 
     `fused`: with onnxruntime's operators for what several standard ones do (`onnx_fuse`).
