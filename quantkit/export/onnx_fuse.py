@@ -128,12 +128,14 @@ def _sliced(parts: list[Any]) -> Any:
     """The value whose last axis three Slice nodes divide among them (Phi-3's qkv_proj); None otherwise."""
     if any(p.op_type != "Slice" or p.inputs[0] is not parts[0].inputs[0] for p in parts):
         return None
-    ends = 0
+    end = 0
     for part in parts:
-        numbers = [None if v.const_value is None else v.const_value.numpy().tolist() for v in part.inputs[1:]]
-        if len(numbers) < 3 or numbers[0] != [ends] or numbers[2] not in ([2], [-1]):
+        if len(part.inputs) < 4 or any(value.const_value is None for value in part.inputs[1:]):
             return None
-        ends = numbers[1][0]
+        start, stop, axis = (int(value.const_value.numpy()[0]) for value in part.inputs[1:4])
+        if start != end or axis not in (2, -1):
+            return None
+        end = stop
     return parts[0].inputs[0]
 
 
