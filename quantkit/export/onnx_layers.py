@@ -106,7 +106,7 @@ class NBitsLinear(OnnxLinear):
         largest = 255 if self.bits == 8 else 2**self.width - 1
         held = held.clamp(0, largest).to(torch.uint8)
         self.zero: Tensor | None = None
-        if packed.zero.dtype != torch.uint8 or not torch.equal(held, packed.zero):
+        if not torch.equal(held.to(packed.zero.dtype), packed.zero):
             self.zero = fixed(packed.zero)  # the exact zeros, for the correction
         self.planes = 2 if self.bits == 8 and self.width == 4 else 1
         zeros = cpu_weights.per_block(held, self.group, block, self.blocks)

@@ -90,6 +90,14 @@ def test_other_bits_stay_packed(tiny: Callable[..., Path], tmp_path: Path, bits:
     assert (tmp_path / "onnx/model.onnx.data").stat().st_size <= weights + tables
 
 
+def test_integer_zeros_need_no_correction(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """HQQ's rounded zeros are integers in a float tensor: the operator holds them all."""
+    checkpoint = converted(tiny, tmp_path, "llama", "hqq", bits=4, group_size=32, round_zero=True)
+    result = export(checkpoint, tmp_path / "onnx")
+    assert result.nodes["com.microsoft::MatMulNBits"] == 8 and "ReduceSum" not in result.nodes
+    assert result.proof.relative_error < 1e-5
+
+
 def test_int8_activations(tiny: Callable[..., Path], tmp_path: Path) -> None:
     checkpoint = converted(tiny, tmp_path, "llama", "gptq", bits=4, group_size=32)
     result = export(checkpoint, tmp_path / "onnx", accuracy_level=4)
