@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -111,6 +114,24 @@ def test_marked_python_runs(code: str, tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "<documentation>", "exec"), {"__name__": "__main__"})
+
+
+def runnable_commands() -> list[Any]:
+    found = [(page, match) for page in PAGES for match in blocks(page, "sh") if match["run"]]
+    return [pytest.param(m["code"], id=f"{p.relative_to(ROOT)}:{i}") for i, (p, m) in enumerate(found)]
+
+
+@pytest.mark.parametrize("code", runnable_commands())
+def test_marked_commands_run(code: str, tmp_path: Path) -> None:
+    """In order, in an empty directory beside the examples; the first that fails ends it."""
+    pytest.importorskip("onnxruntime")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path}
+    done = subprocess.run(
+        ["bash", "-euc", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def load_script(name: str) -> ModuleType:

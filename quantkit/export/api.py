@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ import quantkit
 from quantkit.checkpoint import CheckpointReader
 from quantkit.errors import QuantkitError, UsageError, did_you_mean
 from quantkit.export import decoder as decoders
-from quantkit.export.proof import Expected, Proof, compare, expect
+from quantkit.export.proof import Expected, Proof, compare, expect, rounding_effect
 from quantkit.export.result import ExportResult
 from quantkit.export.stage import MANIFEST, staged
 from quantkit.hub import resolve_model
-from quantkit.linear import QuantLinear
+from quantkit.linear import QuantLinear, set_cpu_activations
 from quantkit.load import find_quantized, load, read_layer
+from quantkit.meta_model import build_meta_model
 from quantkit.progress import NullProgress, Progress
 
 TARGETS = ("onnx", "torch", "aoti", "kernels")
@@ -58,7 +60,7 @@ def export(
     opset, standard, accuracy_level: ONNX only. `standard` uses no operators beyond the ONNX standard;
         `accuracy_level` 4 rounds activations to int8 per block, 1 computes in float32.
     atol: largest difference of a logit from the quantkit model; None is 1e-4 of the largest logit, or 2e-2
-        where activations are rounded.
+        where activations are rounded (with `accuracy_level` 4 also twice what rounding itself changes).
     kv_cache: False exports a graph without cache inputs and outputs (ONNX only).
     keep_ops: "torch" only: keep quantkit's custom operators instead of decomposing them to aten.
     device: "aoti" only: "cpu" or "cuda", what the package is compiled for.
@@ -71,11 +73,16 @@ def export(
     progress = progress or NullProgress()
     _check_arguments(to, opset, accuracy_level, kv_cache, standard, keep_ops, device)
     _check_kernel_arguments(to, targets, dtype)
+    if atol is not None and not atol >= 0:
+        raise UsageError(f"--atol {atol} is not a tolerance", hint="Give a number from 0.")
     path = resolve_model(checkpoint)
     size = sum(f.stat().st_size for f in Path(path).iterdir() if f.name.endswith(".safetensors"))
     notices: list[str] = []
     level = LEVELS[accuracy_level]
     with staged(output, overwrite=overwrite, source=Path(path), need_bytes=int(size * 1.1)) as folder:
+        if to != "kernels":  # what cannot be traced is named before weights are read
+            with CheckpointReader(path) as reader:
+                decoders.check_supported(build_meta_model(Path(path), reader.config, trust_remote_code)[1])
         progress.stage("loading the checkpoint")
         model = load(path, trust_remote_code=trust_remote_code)
         if to == "kernels":
@@ -85,7 +92,6 @@ def export(
             _write_manifest(folder, result)
             result.seconds = time.perf_counter() - started
             return result
-        decoders.check_supported(model)
         if model.quantkit_layout is None:
             notices.append(f"{checkpoint} is not quantized: exported as it is")
         _attach_nested(path, model)
@@ -93,7 +99,10 @@ def export(
         progress.stage("running the reference")
         expected = _expected(path, kv_cache, level if to == "onnx" else 1, trust_remote_code)
         largest = max(float(t.abs().max()) for t in expected.logits)
-        allowed = atol if atol is not None else largest * (ROUNDED if rounded else EXACT)
+        allowed = largest * (ROUNDED if rounded else EXACT)
+        # A last bit that falls the other way changes all roundings after it: then both sides are as far from
+        # exact arithmetic as rounding takes them, and at most twice that from each other.
+        allowed = atol if atol is not None else max(allowed, 2 * expected.rounding)
         decoders.prepare(model)
         progress.stage(f"building the {to} artifact")
         if to == "onnx":
@@ -215,7 +224,11 @@ def _expected(path: Any, kv_cache: bool, level: int, trust_remote_code: bool) ->
     """The reference model is loaded, run and dropped before the export's own copy is changed."""
     activations = "int8" if level == 4 else "exact"
     model = load(path, dtype=torch.float32, cpu_activations=activations, trust_remote_code=trust_remote_code)
-    return expect(model, use_cache=kv_cache)
+    expected = expect(model, use_cache=kv_cache)
+    if activations == "int8":
+        set_cpu_activations(model, "exact")
+        expected = replace(expected, rounding=rounding_effect(model, expected))
+    return expected
 
 
 def _attach_nested(path: Any, model: Any) -> None:
@@ -259,6 +272,7 @@ def _onnx(
 
     from quantkit.export import onnx_graph, onnx_layers
     from quantkit.export.genai import genai_config
+    from quantkit.export.onnx_attention import contrib_decoder
     from quantkit.export.onnx_run import OnnxRunner
 
     shape = onnx_graph.CacheShape.of(model)
@@ -267,10 +281,12 @@ def _onnx(
         if isinstance(module, QuantLinear):
             new = onnx_layers.onnx_layer(module, level=level, contrib=contrib)
             setattr(model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], new)
-    attention = onnx_graph.contrib_attention if contrib and kv_cache else decoders.plain_attention
-    decoder = decoders.Decoder(model, attention, use_cache=kv_cache)
+    if contrib and kv_cache:
+        decoder: decoders.Decoder = contrib_decoder(model)
+    else:
+        decoder = decoders.Decoder(model, decoders.plain_attention, use_cache=kv_cache)
     try:
-        nodes = onnx_graph.to_onnx(decoder, shape, opset, folder)
+        nodes = onnx_graph.to_onnx(decoder, shape, opset, folder, fused=contrib)
     except (QuantkitError, OSError, MemoryError):
         raise
     except Exception as error:
@@ -280,7 +296,7 @@ def _onnx(
         ) from error
     onnx.checker.check_model(str(folder / onnx_graph.MODEL))
     if kv_cache:
-        config = genai_config(model, shape, contrib=contrib)
+        config = genai_config(model, shape, contrib=contrib, positions=decoder.takes_positions)
         (folder / "genai_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     runner = OnnxRunner(folder, shape, use_cache=kv_cache, level=level)
     proof = compare(expected, runner, atol, "the ONNX model")
@@ -306,8 +322,6 @@ def _program(
 
 
 def _with_speed(proof: Proof, expected: Expected, speed: float | None) -> Proof:
-    from dataclasses import replace
-
     source = expected.tokens_per_second or None
     return replace(proof, artifact_tokens_per_second=speed, source_tokens_per_second=source)
 

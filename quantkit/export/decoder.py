@@ -55,6 +55,9 @@ class TracedCache:
 class Decoder(nn.Module):
     """See the module's docstring. `attention` decides how keys and values are joined and multiplied."""
 
+    #: False for a subclass whose forward has no `position_ids`.
+    takes_positions = True
+
     def __init__(self, model: Any, attention: Attention, *, use_cache: bool = True) -> None:
         super().__init__()
         self.model = model
@@ -192,6 +195,7 @@ def check_supported(model: Any) -> None:
     attentions = [m for m in model.modules() if hasattr(m, "o_proj") and hasattr(m, "layer_idx")]
     if len(attentions) != getattr(config, "num_hidden_layers", -1):
         unknown.add("attention of its own kind")
+    unknown |= {f"{type(m).__name__}: {why}" for m in model.modules() if (why := unfusable(m))}
     if unknown:
         raise UsageError(
             f"export does not support the architecture {name} ({', '.join(sorted(unknown))})",
@@ -351,8 +355,6 @@ def prepare(model: Any) -> None:
 def _replacement(module: nn.Module) -> nn.Module | None:
     if isinstance(module, UnfusedExperts):
         return DenseExperts(module)
-    if unfusable(module) not in ("", None):
-        raise UsageError(f"export does not support {type(module).__name__}: {unfusable(module)}")
     if isinstance(module, nn.Embedding):
         return StoredEmbedding(module)
     if type(module) is nn.Linear:

@@ -27,9 +27,12 @@ _KNOWN = frozenset(
 
 
 def genai_config(
-    model: Any, shape: CacheShape, *, contrib: bool, tokenizer_pad: int | None = None
+    model: Any, shape: CacheShape, *, contrib: bool, positions: bool, tokenizer_pad: int | None = None
 ) -> dict[str, Any]:
-    """The file's content for a loaded model whose graph has `onnx_graph`'s input and output names."""
+    """The file's content for a loaded model whose graph has `onnx_graph`'s input and output names.
+
+    contrib: the graph's attention writes into a shared cache buffer. positions: it has `position_ids`.
+    """
     config = model.config.get_text_config()
     generation = getattr(model, "generation_config", None)
 
@@ -64,7 +67,7 @@ def genai_config(
                 "inputs": {
                     "input_ids": "input_ids",
                     "attention_mask": "attention_mask",
-                    "position_ids": "position_ids",
+                    **({"position_ids": "position_ids"} if positions else {}),
                     "past_key_names": "past_key_values.%d.key",
                     "past_value_names": "past_key_values.%d.value",
                 },

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from quantkit.errors import UsageError
+from quantkit.export import onnx_fuse
 from quantkit.export.decoder import Decoder
 from quantkit.export.onnx_layers import UINT4
 
@@ -67,8 +67,11 @@ def example_inputs(shape: CacheShape, *, past: int, new: int, batch: int = 2) ->
     return ids, mask, positions, [(one.clone(), one.clone()) for _ in range(shape.layers)]
 
 
-def to_onnx(decoder: Decoder, shape: CacheShape, opset: int, folder: Path) -> Counter[str]:
-    """Write `folder/model.onnx` and its data file; returns how many nodes of each type the graph has."""
+def to_onnx(decoder: Decoder, shape: CacheShape, opset: int, folder: Path, *, fused: bool) -> Counter[str]:
+    """Write `folder/model.onnx` and its data file; returns how many nodes of each type the graph has.
+
+    `fused`: with onnxruntime's operators for what several standard ones do (`onnx_fuse`).
+    """
     import onnx_ir as ir
 
     check_opset(opset)
@@ -83,6 +86,9 @@ def to_onnx(decoder: Decoder, shape: CacheShape, opset: int, folder: Path) -> Co
     if cached:
         inputs += names(shape, "past_key_values")
         outputs += names(shape, "present")
+    if not decoder.takes_positions:
+        del shapes[2], inputs[2]
+        args = args[:2] + args[3:]
     with quiet(), torch.no_grad():
         program = torch.export.export(decoder, args, dynamic_shapes=tuple(shapes), strict=False)
         made = torch.onnx.export(
@@ -98,6 +104,8 @@ def to_onnx(decoder: Decoder, shape: CacheShape, opset: int, folder: Path) -> Co
     assert made is not None
     model = made.model
     simplify(model)
+    if fused:
+        onnx_fuse.fuse(model)
     name_dimensions(model)
     pack_uint4(model)
     strip(model)
@@ -178,44 +186,6 @@ def pack_uint4(model: Any) -> None:
 
 def _kind(node: Any) -> str:
     return f"{node.domain}::{node.op_type}" if node.domain else node.op_type
-
-
-def contrib_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor,
-    past: tuple[Tensor, Tensor] | None,
-    scaling: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """GroupQueryAttention (com.microsoft): joins the cache and multiplies, without repeating keys.
-
-    Every row counts as full: padding is in `bias`, so that it may stand on either side.
-    """
-    batch, heads, new, size = query.shape
-    kv_heads = key.shape[1]
-    flat = [t.transpose(1, 2).reshape(batch, new, -1) for t in (query, key, value)]
-    total = bias.shape[-1]
-    last = torch.full((batch,), 1, dtype=torch.int32) * (total - 1)
-    length = torch.full((), 1, dtype=torch.int32) * total
-    attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": kv_heads, "scale": scaling}
-    if softcap:
-        attributes["softcap"] = float(softcap)
-    assert past is not None
-    out, present_key, present_value = torch.onnx.ops.symbolic_multi_out(
-        "com.microsoft::GroupQueryAttention",
-        (*flat, *past, last, length, None, None, None, bias),
-        attributes,
-        dtypes=(query.dtype,) * 3,
-        shapes=(
-            (batch, new, heads * size),
-            (batch, kv_heads, total, size),
-            (batch, kv_heads, total, size),
-        ),
-        version=1,
-    )
-    return out.reshape(batch, new, heads, size), present_key, present_value
 
 
 @contextmanager

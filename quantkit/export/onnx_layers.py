@@ -106,7 +106,7 @@ class NBitsLinear(OnnxLinear):
         largest = 255 if self.bits == 8 else 2**self.width - 1
         held = held.clamp(0, largest).to(torch.uint8)
         self.zero: Tensor | None = None
-        if packed.zero.dtype != torch.uint8 or not torch.equal(held, packed.zero):
+        if not torch.equal(held.to(packed.zero.dtype), packed.zero):
             self.zero = fixed(packed.zero)  # the exact zeros, for the correction
         self.planes = 2 if self.bits == 8 and self.width == 4 else 1
         zeros = cpu_weights.per_block(held, self.group, block, self.blocks)
@@ -123,6 +123,14 @@ class NBitsLinear(OnnxLinear):
         elif self.width != self.bits:
             wide = three_bit_table() if self.bits == 3 else widening_table(self.bits, self.width)
             self.register_buffer("table", wide)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bias is None or self.planes == 2 or self.zero is not None or self.integer:
+            return super().forward(x)
+        if self.perm is not None:
+            x = torch.index_select(x, -1, self.perm)
+        scales = self._per_block(self.scale.float())
+        return self._node(x, self._widened(), scales, self.zeros[0], self.bias.float())
 
     def multiply(self, x: Tensor) -> Tensor:
         token_scale = None
@@ -142,7 +150,9 @@ class NBitsLinear(OnnxLinear):
             out = out * (self.scale.float()[:, 0] / token_scale)
         return out
 
-    def _node(self, x: Tensor, b: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    def _node(
+        self, x: Tensor, b: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
         row = self.blocks * self.block * self.width // 8
         if b.shape[1] < row:
             b = torch.nn.functional.pad(b, (0, row - b.shape[1]))
@@ -150,6 +160,8 @@ class NBitsLinear(OnnxLinear):
         inputs: list[Tensor | None] = [x, b, scales]
         if zeros.numel():
             inputs.append(zeros if zeros.shape[0] == self.n else zeros.expand(self.n, -1))
+        if bias is not None:
+            inputs += [None] * (5 - len(inputs)) + [bias]
         return torch.onnx.ops.symbolic(
             "com.microsoft::MatMulNBits",
             inputs,

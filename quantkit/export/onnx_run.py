@@ -17,11 +17,14 @@ class OnnxRunner:
 
     def __init__(self, folder: Path, shape: CacheShape, *, use_cache: bool, level: int) -> None:
         self.session = open_session(folder / MODEL, level)
+        self.takes_positions = any(i.name == "position_ids" for i in self.session.get_inputs())
         self.shape, self.use_cache = shape, use_cache
         self.past: list[Any] = []
 
     def __call__(self, ids: Tensor, mask: Tensor, positions: Tensor) -> tuple[Tensor, list[Tensor]]:
-        feeds = {"input_ids": ids.numpy(), "attention_mask": mask.numpy(), "position_ids": positions.numpy()}
+        feeds = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
+        if self.takes_positions:
+            feeds["position_ids"] = positions.numpy()
         if self.use_cache:
             if not self.past or mask.shape[1] == ids.shape[1]:
                 empty = torch.zeros(ids.shape[0], self.shape.heads, 0, self.shape.size).numpy()
