@@ -6,7 +6,8 @@ A program owns BM rows and BK columns of dx, which lie in one block of every row
 scale depends on n only and multiplies the small tile of dy (one rounding, as rounding the weight would be);
 table values enter the dot. With SPLIT > 1, program_id(1) takes every SPLIT-th step over n and float32 partial
 sums are added in order by `sum_splits_kernel`. The two codes of a byte belong to two neighbouring columns: an
-accumulator each, joined at the end (Triton 3.6 cannot lower a joined tile as second operand). Needs blocks that divide K, and BK that divides the block.
+accumulator each, joined at the end (Triton 3.6 cannot lower a joined tile as second operand). Needs blocks
+that divide K, and BK that divides the block.
 """
 
 # mypy: ignore-errors
@@ -52,13 +53,13 @@ def codebook_backward_kernel(
     even = tl.zeros((BM, HALF), tl.float32)
     odd = tl.zeros((BM, HALF), tl.float32)
     # The next step's codes are asked for before this one's table look-ups, whose loads would stop the pipeliner.
-    at = first.to(tl.int64)
+    at = tl.cast(first, tl.int64)
     if EVEN:
         c = tl.load(code_ptrs + at * (K // 2))
     else:
         c = tl.load(code_ptrs + at * (K // 2), mask=first + n[:, None] < N, other=0)
     for start in tl.range(first, N, BN * SPLIT, num_stages=1):
-        at = start.to(tl.int64)
+        at = tl.cast(start, tl.int64)
         after = tl.minimum(at + BN * SPLIT, (N - 1) // BN * BN)
         if EVEN:
             next_c = tl.load(code_ptrs + after * (K // 2))

@@ -56,7 +56,7 @@ def float8_backward_kernel(
 
     acc = tl.zeros((BM, BK), tl.float32)
     for start in tl.range(first, N, BN * SPLIT, num_stages=STAGES):
-        at = start.to(tl.int64)
+        at = tl.cast(start, tl.int64)
         rows = start + n
         if EVEN:
             c = tl.load(code_ptrs + at * K)

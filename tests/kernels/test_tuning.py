@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from quantkit.kernels import sliced, tuning
 
@@ -33,13 +34,33 @@ def test_a_row_is_one_tile_where_groups_allow() -> None:
     assert (config.inputs, row_scales) == (32, False)
 
 
+@pytest.mark.parametrize("units", [0, 108, 132])
 @pytest.mark.parametrize("count", [1, 100, 128, 1000, 4096, 28672])
 @pytest.mark.parametrize("least", [1, 3])
-def test_slices_cover_and_keep_to_the_limit(count: int, least: int) -> None:
-    each = 8192 * 2
-    step = sliced.length(count, each, least)
-    assert 1 <= step <= count
-    assert step == count or step % 128 == 0
-    assert step <= 128 or step * each <= tuning.SLICE_BYTES
-    if count >= 128 * 2 * least:
-        assert -(-count // step) >= least, "a third of the memory needs three slices"
+def test_slices_cover_and_keep_to_the_limit(
+    count: int, least: int, units: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sliced, "multiprocessors", lambda device: units)
+    each, cpu = 8192 * 2, torch.device("cpu")
+    for m in (1, 512, 4096):
+        step = sliced.length(m, count, each, cpu, least)
+        assert 1 <= step <= count
+        assert step == count or step % 128 == 0
+        assert step <= 128 or step * each <= tuning.SLICE_BYTES
+        if count >= 128 * 2 * least:
+            assert -(-count // step) >= least, "a third of the memory needs three slices"
+
+
+def test_slices_fill_waves_of_the_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """dx of 4096 rows, 14336 columns: no other slices take fewer waves of 132, even thirds included."""
+    monkeypatch.setattr(sliced, "multiprocessors", lambda device: 132)
+    high, wide = tuning.BLAS_TILE
+
+    def waves(step: int) -> int:
+        tiles = [-(-4096 // high) * -(-min(step, 14336 - start) // wide) for start in range(0, 14336, step)]
+        return sum(-(-t // 132) for t in tiles)
+
+    step = sliced.length(4096, 14336, 4096 * 2, torch.device("cpu"), 3)
+    even = -(-14336 // 3 // 128) * 128
+    assert waves(step) == min(waves(s) for s in range(wide, 14336 // 3 + 1, wide))
+    assert waves(step) <= waves(even)
