@@ -38,6 +38,9 @@ from quantkit.kernels.cpu_weights import FLOAT32, INT8
 
 log = logging.getLogger(__name__)
 
+#: What a prepared affine weight was made for: activation, bits, group size, K.
+Kind = tuple[str | None, int, int, int]
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -53,6 +56,7 @@ class Prepared:
         for session in self.sessions[1:]:
             out += session(x)
         if self.correction is not None:
+            x = x.float()
             if self.int8:  # the definition rounds every x, those that only the zeros multiply included
                 x = reference.through_int8_blocks(x, self.block)
             padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % self.block))
@@ -72,36 +76,38 @@ def affine_linear(
     activation: str | None,
 ) -> Tensor:
     """See `quantkit.kernels.reference.affine_linear`; NotImplemented where only that will do."""
-    if x.dtype == torch.float64 or x.numel() == 0 or codes.shape[0] == 0:
+    shape, dtype = x.shape, x.dtype
+    if dtype == torch.float64 or x.numel() == 0 or codes.shape[0] == 0:
         return NotImplemented
-    if activation not in (None, "int8_block", "int8_token"):
-        return NotImplemented
-    if not cpu_sessions.available():
-        _say_once()
-        if activation is not None or perm is not None:
+    k = shape[-1]
+    # First what every call but a layer's first one needs: Python is cold after each product.
+    tensors, kind = (codes, scale, zero), (activation, bits, group_size, k)
+    weight: Prepared | None = cpu_sessions.find(kind, tensors)
+    if weight is None:
+        if activation not in (None, "int8_block", "int8_token"):
             return NotImplemented
-        return cpu_torch.int4_linear(x, codes, scale, zero, bias, bits, group_size)
-    block = ort_block(group_size, x.shape[-1])
-    if block is None:
-        return NotImplemented
-    flat = x.reshape(-1, x.shape[-1])
+        if not cpu_sessions.available():
+            _say_once()
+            if activation is not None or perm is not None:
+                return NotImplemented
+            return cpu_torch.int4_linear(x, codes, scale, zero, bias, bits, group_size)
+        block = ort_block(group_size, k)
+        if block is None or (activation == "int8_token" and (scale.shape[1] != 1 or k >= 65536)):
+            return NotImplemented
+        weight = _prepare(kind, tensors, block)
+    flat = x if len(shape) == 2 else x.reshape(-1, k)
     if perm is not None:
         flat = flat[:, perm]
-    flat = flat.float().contiguous()
-    tensors, geometry = (codes, scale, zero), (flat.shape[1], bits, group_size, block)
     if activation == "int8_token":
-        if scale.shape[1] != 1 or flat.shape[1] >= 65536:
-            return NotImplemented
-        ones = torch.ones_like(scale, dtype=torch.float32)
-        weight = _prepare("integers", tensors, ones, geometry, FLOAT32)
-        rounded, token_scale = reference.int8_per_token(flat)
+        rounded, token_scale = reference.int8_per_token(flat.float())
         out = weight(rounded) * (scale.float()[:, 0] / token_scale)
     else:
-        level = FLOAT32 if activation is None else INT8
-        out = _prepare(level, tensors, scale, geometry, level)(flat)
+        out = weight(flat)
     if bias is not None:
         out += bias
-    return out.to(x.dtype).view(*x.shape[:-1], -1)
+    if dtype != torch.float32:
+        out = out.to(dtype)
+    return out if len(shape) == 2 else out.view(*shape[:-1], -1)
 
 
 def codebook_linear(
@@ -134,7 +140,7 @@ def codebook_linear(
     session = cpu_sessions.prepared(("bnb4", out_features, k, block_size), (codes, scale, lut), build)
     if session is None:
         return NotImplemented
-    out = session(x.reshape(-1, k).float().contiguous())
+    out = session(x.reshape(-1, k))
     if bias is not None:
         out += bias
     return out.to(x.dtype).view(*x.shape[:-1], out_features)
@@ -149,24 +155,20 @@ def ort_block(group_size: int, in_features: int) -> int | None:
     return block if group_size >= in_features or group_size % block == 0 else None
 
 
-def _prepare(
-    kind: str | int,
-    tensors: tuple[Tensor, Tensor, Tensor],
-    scale: Tensor,
-    geometry: tuple[int, int, int, int],
-    level: int,
-) -> Prepared:
-    """The weight's sessions from the cache; `geometry` is (K, bits, group_size, block)."""
+def _prepare(kind: Kind, tensors: tuple[Tensor, Tensor, Tensor], block: int) -> Prepared:
+    """The weight's sessions, built and kept; BitNet's rule multiplies the integers alone."""
+    activation, bits, group_size, k = kind
+    level = INT8 if activation == "int8_block" else FLOAT32
 
     @torch.no_grad()
     def build() -> Prepared:
-        codes, _, zero = (t.detach() for t in tensors)
-        plan = cpu_weights.plan(codes, scale.detach(), zero, *geometry, level)
-        return Prepared(
-            tuple(node.session(tensors) for node in plan.nodes), plan.block, plan.correction, level == INT8
-        )
+        codes, scale, zero = (t.detach() for t in tensors)
+        scale = torch.ones_like(scale, dtype=torch.float32) if activation == "int8_token" else scale
+        plan = cpu_weights.plan(codes, scale, zero, k, bits, group_size, block, level)
+        sessions = tuple(node.session(tensors) for node in plan.nodes)
+        return Prepared(sessions, plan.block, plan.correction, level == INT8)
 
-    prepared: Prepared = cpu_sessions.prepared((kind, geometry), tensors, build)
+    prepared: Prepared = cpu_sessions.prepared(kind, tensors, build)
     return prepared
 
 

@@ -10,8 +10,8 @@ the order its instruction set wants: the one further copy of the codes, after wh
 converted (widened codes) is freed. `MatMulBnb4` reads the layer's bytes in place. Inputs and outputs are
 bound by address.
 
-Threads: a layer is cut into parts of its output rows, one single-threaded onnxruntime session each, and the
-parts run on a few workers that all layers share (`cpu_workers`), so 300 layers do not start 600 threads.
+Threads: a layer is cut into pieces of its output rows, one single-threaded onnxruntime session each, and the
+pieces run on a few workers that all layers share (`cpu_workers`), so 300 layers do not start 600 threads.
 (onnxruntime's own global pool would be simpler, but once it exists every other session of the process that
 does not ask for it fails to build: not a library's decision to make.)
 
@@ -26,6 +26,7 @@ freed, so an address that is used again finds nothing.
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -69,47 +70,103 @@ class Session:
 
     def __init__(self, node: Node, owned: set[int]) -> None:
         weights = {name: t.detach() for name, t in node.initializers.items()}
-        self.out_features = node.out_features
-        starts = _row_starts(node)
+        self.in_features, self.out_features = node.in_features, node.out_features
+        starts, self._threads = _pieces(node)
         ends = [*starts[1:], node.out_features]
         self._counts = [end - start for start, end in zip(starts, ends)]
         self._parts = [_build(node, start, end) for start, end in zip(starts, ends)]
+        self._bound: tuple[int, Tensor, Tensor, list[cpu_workers.Job]] | None = None
         converted = {n: t for n, t in weights.items() if t.untyped_storage()._cdata not in owned}
         if "b" in converted and node.op == "MatMulNBits" and prepacks(**node.attributes):
             del converted["b"]
         self.kept = converted  # what nobody else keeps alive and onnxruntime still reads
 
     def __call__(self, x: Tensor) -> Tensor:
-        """`x [M, K]` float32, contiguous -> new float32 `[M, N]`."""
-        rows, n = x.shape[0], self.out_features
-        out = torch.empty((rows, n), dtype=torch.float32)
-        address, shape = x.data_ptr(), tuple(x.shape)
-        if len(self._parts) == 1:
-            _run(self._parts[0], _bind(self._parts[0], address, shape, out.data_ptr(), (rows, n)))
-            return out
-        # One row's columns are contiguous: parts write them in place.
-        whole = out if rows == 1 else torch.empty(rows * n, dtype=torch.float32)
-        start, jobs, pieces = 0, [], []
+        """`x [M, K]`, 16 or 32-bit floats -> new float32 `[M, N]`.
+
+        A few rows go through buffers that all sessions share, to which each session's bindings stay bound:
+        binding anew costs more than copying the rows. Who finds the buffers taken binds anew.
+        """
+        rows = x.shape[0]
+        if rows <= SHARED_ROWS and _buffers_taken.acquire(blocking=False):
+            try:
+                bound = self._bound
+                if bound is None or bound[0] != rows:
+                    source = _buffer("x", rows * self.in_features).view(rows, -1)
+                    target = _buffer("y", rows * self.out_features)
+                    bound = self._bound = (rows, source, target, self._jobs(source, target))
+                bound[1].copy_(x)
+                cpu_workers.run_all(bound[3], self._threads)
+                return self._assembled(bound[2], rows)
+            finally:
+                _buffers_taken.release()
+        x = x.float().contiguous()
+        out = torch.empty(rows * self.out_features, dtype=torch.float32)
+        cpu_workers.run_all(self._jobs(x, out), self._threads)
+        return out.view(rows, -1) if len(self._parts) == 1 else self._assembled(out, rows)
+
+    def _jobs(self, x: Tensor, out: Tensor) -> list[cpu_workers.Job]:
+        """One run per part, from `x [M, K]` to its own stretch of `out [M * N]`."""
+        rows, start, jobs = x.shape[0], out.data_ptr(), []
         for part, count in zip(self._parts, self._counts):
-            target = whole.data_ptr() + 4 * rows * start
-            jobs.append((_run, part, _bind(part, address, shape, target, (rows, count))))
-            pieces.append((start, count))
-            start += count
-        cpu_workers.run_all(jobs)
-        if rows > 1:
-            for start, count in pieces:
-                out[:, start : start + count] = whole[rows * start : rows * (start + count)].view(rows, count)
-        return out
+            binding = part.io_binding()
+            binding.bind_input("x", "cpu", 0, _float32(), tuple(x.shape), x.data_ptr())
+            binding.bind_output("y", "cpu", 0, _float32(), (rows, count), start)
+            start += 4 * rows * count
+            jobs.append((part.run_with_iobinding, binding))
+        return jobs
+
+    def _assembled(self, parts: Tensor, rows: int) -> Tensor:
+        """A new `[M, N]` of the parts' results, which lie one after the other in `parts`."""
+        if rows == 1 or len(self._counts) == 1:
+            return parts.clone().view(rows, -1)
+        pieces = parts.split([rows * count for count in self._counts])
+        return torch.cat([piece.view(rows, -1) for piece in pieces], dim=1)
 
 
-def _row_starts(node: Node) -> list[int]:
-    """First output row of each part: one part per thread, of at least 2**18 weights."""
+#: Most rows that go through the shared buffers (4 * rows bytes for each width in a model, once).
+SHARED_ROWS = 8
+_buffers: dict[tuple[str, int], Tensor] = {}
+_buffers_taken = threading.Lock()
+
+
+def _buffer(name: str, count: int) -> Tensor:
+    """The shared buffer of `count` floats; it stays where it is for as long as the process lives."""
+    if (name, count) not in _buffers:
+        with torch.inference_mode(False):  # an inference tensor could not be written to outside that mode
+            _buffers[name, count] = torch.empty(count, dtype=torch.float32)
+    return _buffers[name, count]
+
+
+def _after_fork() -> None:
+    global _buffers_taken
+    _buffers_taken = threading.Lock()  # another thread of the parent may have held it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _pieces(node: Node) -> tuple[list[int], int]:
+    """First output row of each piece, and how many threads share them (at least 2**18 weights each).
+
+    One large piece per thread, the caller's (the first) a little larger, and two small ones for whoever is
+    free first. Measured on two threads: docs/benchmarks/kernels-cpu.md.
+    """
     n, k = node.out_features, node.in_features
-    count = max(1, min(torch.get_num_threads(), n // 64, n * k >> 18))
+    threads = max(1, min(torch.get_num_threads(), n // 64, n * k >> 18))
     if node.op == "MatMulBnb4" and (64 * k) % (2 * node.attributes["block_size"]):
-        count = 1  # blocks and bytes straddle the cuts
-    step = -(-n // count // 64) * 64
-    return list(range(0, n, step)) if count > 1 else [0]
+        threads = 1  # blocks and bytes straddle the cuts
+    if threads == 1:
+        return [0], 1
+    small = 0.24 / threads
+    shares = [(1 - 2 * small) / threads] * threads + [small * 1.2, small * 0.8]
+    shares[0] *= 1.1
+    starts, end = [0], 0.0
+    for share in shares:
+        end += share * n / sum(shares)
+        starts.append(min(round(end / 64) * 64, n))
+    return sorted({start for start in starts[:-1] if start < n}), threads
 
 
 def _build(node: Node, start: int, end: int) -> Any:
@@ -138,18 +195,6 @@ def _build(node: Node, start: int, end: int) -> Any:
         options.add_initializer(name, value)
     part = Node(node.op, end - start, node.in_features, node.attributes, weights)
     return runtime.InferenceSession(_model_bytes(part), options, providers=["CPUExecutionProvider"])
-
-
-def _bind(session: Any, x: int, x_shape: tuple[int, ...], y: int, y_shape: tuple[int, ...]) -> Any:
-    """A binding of one call: float32 input and output by address."""
-    binding = session.io_binding()
-    binding.bind_input("x", "cpu", 0, _float32(), x_shape, x)
-    binding.bind_output("y", "cpu", 0, _float32(), y_shape, y)
-    return binding
-
-
-def _run(session: Any, binding: Any) -> None:
-    session.run_with_iobinding(binding)
 
 
 @cache
@@ -252,27 +297,32 @@ _watched: dict[int, set[_Key]] = {}
 _lock = threading.RLock()
 
 
+def find(kind: Any, tensors: tuple[Tensor, ...]) -> Any:
+    """What `prepared` keeps for these arguments, or None."""
+    entry = _entries.get((kind, *[t.data_ptr() for t in tensors], tensors[0].shape))
+    if entry is None or entry.versions != tuple([-1 if t.is_inference() else t._version for t in tensors]):
+        return None
+    return entry.value
+
+
 def prepared(kind: Any, tensors: tuple[Tensor, ...], build: Callable[[], Any]) -> Any:
     """`build()`, kept while the storages of `tensors` live and none of them has changed.
 
     `kind` says, with the tensors, what `build` would make: anything hashable.
     """
-    key = (kind, *[t.data_ptr() for t in tensors], tensors[0].shape)
-    versions = tuple([-1 if t.is_inference() else t._version for t in tensors])
-    entry = _entries.get(key)
-    if entry is not None and entry.versions == versions:
-        return entry.value
     with _lock:
-        entry = _entries.get(key)
-        if entry is None or entry.versions != versions:
-            entry = _Entry(versions, build())
-            _entries[key] = entry
+        value = find(kind, tensors)
+        if value is None:
+            key = (kind, *[t.data_ptr() for t in tensors], tensors[0].shape)
+            versions = tuple([-1 if t.is_inference() else t._version for t in tensors])
+            value = build()
+            _entries[key] = _Entry(versions, value)
             for storage in (t.untyped_storage() for t in tensors):
                 if storage._cdata not in _watched:
                     _watched[storage._cdata] = set()
                     weakref.finalize(storage, _evict, storage._cdata)
                 _watched[storage._cdata].add(key)
-        return entry.value
+        return value
 
 
 def forget() -> None:

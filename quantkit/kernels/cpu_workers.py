@@ -1,85 +1,115 @@
-"""A few threads that run parts of one product at once.
+"""A few threads that run pieces of one product at once.
 
-`run_all(jobs)` runs the first job on the caller's thread and each of the others on a worker that waits on a
-lock: a hand-over is one release and one acquire, without queues and futures (which cost 150 us more per call,
-docs/adr/0035). Jobs are expected to leave Python's interpreter lock at once, as onnxruntime's `run` does.
+`run_all(jobs, threads)` puts the jobs into one queue that the caller and `threads - 1` workers empty together.
+A worker sleeps on a lock, so a hand-over is one release, without futures (150 us more per call, docs/adr/0035).
+Waking a worker takes some 60 us, a fifth of a small product: the caller works meanwhile, and because the
+jobs lie in a queue, whoever is free takes the next. The caller never waits for a worker that has taken nothing.
 
-One caller has the workers at a time; another that comes meanwhile runs its jobs one after another, which is
-what the processor would make of them anyway.
+Jobs are expected to leave Python's interpreter lock at once, as onnxruntime's `run` does. One caller has the
+workers at a time; another that comes meanwhile runs its jobs one after another, which is what the processor
+would make of them anyway.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-Job = tuple[Callable[..., None], *tuple[Any, ...]]
+#: A function and its argument.
+Job = tuple[Callable[[Any], Any], Any]
+#: How often a caller looks whether the last jobs have ended before it sleeps between looks: about 200 us.
+SPINS = 100
+#: Seconds between looks after that.
+NAP = 5e-5
 
-
-class _Worker:
-    def __init__(self) -> None:
-        self.job: Job | None = None
-        self.error: BaseException | None = None
-        self.go, self.done = threading.Lock(), threading.Lock()
-        self.go.acquire()
-        self.done.acquire()
-        threading.Thread(target=self._loop, name="quantkit-cpu", daemon=True).start()
-
-    def _loop(self) -> None:
-        while True:
-            self.go.acquire()
-            assert self.job is not None
-            function, *arguments = self.job
-            try:
-                function(*arguments)
-            except BaseException as error:  # raised again by the caller
-                self.error = error
-            self.job = function = arguments = None  # type: ignore[assignment]  # hold nothing while waiting
-            self.done.release()
-
-
-_workers: list[_Worker] = []
+_queue: deque[Job] = deque()
+#: One entry per job that has ended: what it raised, or None.
+_ended: list[BaseException | None] = []
+#: One lock per worker; released when there are jobs.
+_wake: list[threading.Lock] = []
 _taken = threading.Lock()
 
 
-def run_all(jobs: Sequence[Job]) -> None:
-    """Run all; the first exception is raised once all have ended."""
-    if len(jobs) == 1 or not _taken.acquire(blocking=False):
-        for function, *arguments in jobs:
-            function(*arguments)
+def run_all(jobs: Sequence[Job], threads: int) -> None:
+    """Run all, in any order; the first exception is raised once all have ended."""
+    if threads == 1 or len(jobs) == 1 or not _taken.acquire(blocking=False):
+        for function, argument in jobs:
+            function(argument)
         return
     try:
-        while len(_workers) < len(jobs) - 1:
-            _workers.append(_Worker())
-        busy = _workers[: len(jobs) - 1]
-        for worker, job in zip(busy, jobs[1:]):
-            worker.job = job
-            worker.go.release()
-        function, *arguments = jobs[0]
-        try:
-            function(*arguments)
-        finally:
-            for worker in busy:
-                worker.done.acquire()
-            errors = [worker.error for worker in busy if worker.error is not None]
-            for worker in busy:
-                worker.error = None
-        if errors:
-            raise errors[0]
+        while len(_wake) < threads - 1:
+            _start_worker()
+        _ended.clear()
+        _queue.extend(jobs)
+        for lock in _wake[: threads - 1]:
+            if lock.locked():  # else it has been woken already and not come to look yet
+                lock.release()
+        _drain()
+        interrupt = _wait(len(jobs))
+        error = interrupt or next((error for error in _ended if error is not None), None)
+        if error is not None:
+            raise error
     finally:
         _taken.release()
 
 
+def _wait(count: int) -> KeyboardInterrupt | None:
+    """Until `count` jobs have ended, even when interrupted: they write to the caller's memory."""
+    interrupt, looks = None, 0
+    while len(_ended) < count:
+        try:
+            # First without sleeping; either lets go of the interpreter lock, which workers need to end.
+            time.sleep(0 if looks < SPINS else NAP)
+            looks += 1
+        except KeyboardInterrupt as wanted:
+            interrupt = wanted
+    return interrupt
+
+
+def _drain() -> None:
+    """Take jobs until none is left."""
+    while True:
+        try:
+            function, argument = _queue.popleft()
+        except IndexError:
+            return
+        error: BaseException | None = None
+        try:
+            function(argument)
+        except BaseException as raised:  # raised again by the caller
+            error = raised
+        del function, argument  # hold nothing while waiting
+        _ended.append(error)
+
+
+def _start_worker() -> None:
+    lock = threading.Lock()
+    lock.acquire()
+
+    def loop() -> None:
+        while True:
+            lock.acquire()
+            _drain()
+
+    threading.Thread(target=loop, name="quantkit-cpu", daemon=True).start()
+    _wake.append(lock)
+
+
 def count() -> int:
     """How many workers were started."""
-    return len(_workers)
+    return len(_wake)
 
 
 def _after_fork() -> None:
+    """A fork takes no threads along, and another thread of the parent may have been in the middle."""
     global _taken
-    _workers.clear()  # a fork takes no threads along
+    _wake.clear()
+    _queue.clear()
+    _ended.clear()
     _taken = threading.Lock()
 
 

@@ -82,9 +82,10 @@ def _plain(args: tuple[Any, ...]) -> bool:
     """May a call with `args` pass the dispatcher by?"""
     gradients = torch.is_grad_enabled()
     for a in args:
-        if isinstance(a, Tensor) and (
-            type(a) not in _PLAIN_TYPES or (gradients and a.requires_grad) or a.device.type == "meta"
-        ):
+        if type(a) in _PLAIN_TYPES:
+            if (gradients and a.requires_grad) or a.is_meta:
+                return False
+        elif isinstance(a, Tensor):
             return False
     return not (
         torch._C._len_torch_dispatch_stack()
@@ -101,8 +102,7 @@ def _define(name: str, fake: Callable[..., Tensor]) -> Op:
     twin = getattr(reference, name)
 
     def run(*args: Any) -> Tensor:
-        device = next(a.device.type for a in args if isinstance(a, Tensor))
-        kernel = dispatch.implementation(name, device)
+        kernel = dispatch.implementation(name, args[0].device.type)
         if kernel is not None:
             try:
                 out = kernel(*args)

@@ -292,7 +292,7 @@ def test_parts_on_several_threads(rows: int, monkeypatch: pytest.MonkeyPatch) ->
     parts = [
         len(entry.value._parts) for entry in cpu_sessions._entries.values() if hasattr(entry.value, "_parts")
     ]
-    assert parts == [3]
+    assert parts == [5]  # one for each thread, and two for whoever is free first
     assert cpu_workers.count() >= 2  # beside the caller's own thread
 
 
