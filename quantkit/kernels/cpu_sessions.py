@@ -93,7 +93,7 @@ class Session:
                 bound = self._bound
                 if bound is None or bound[0] != rows:
                     source = _buffer("x", rows * self.in_features).view(rows, -1)
-                    target = _buffer("y", rows * self.out_features)
+                    target = _buffer("y", rows * self.out_features).view(rows, -1)
                     bound = self._bound = (rows, source, target, self._jobs(source, target))
                 bound[1].copy_(x)
                 cpu_workers.run_all(bound[3], self._threads)
@@ -101,12 +101,12 @@ class Session:
             finally:
                 _buffers_taken.release()
         x = x.float().contiguous()
-        out = torch.empty(rows * self.out_features, dtype=torch.float32)
+        out = torch.empty((rows, self.out_features), dtype=torch.float32)
         cpu_workers.run_all(self._jobs(x, out), self._threads)
-        return out.view(rows, -1) if len(self._parts) == 1 else self._assembled(out, rows)
+        return out if len(self._parts) == 1 else self._assembled(out, rows)
 
     def _jobs(self, x: Tensor, out: Tensor) -> list[cpu_workers.Job]:
-        """One run per part, from `x [M, K]` to its own stretch of `out [M * N]`."""
+        """One run per part, from `x [M, K]` to its own stretch of `out`'s memory."""
         rows, start, jobs = x.shape[0], out.data_ptr(), []
         for part, count in zip(self._parts, self._counts):
             binding = part.io_binding()
@@ -117,11 +117,18 @@ class Session:
         return jobs
 
     def _assembled(self, parts: Tensor, rows: int) -> Tensor:
-        """A new `[M, N]` of the parts' results, which lie one after the other in `parts`."""
+        """A new `[M, N]` of the pieces' results, which lie one after the other in the memory of `parts`."""
         if rows == 1 or len(self._counts) == 1:
-            return parts.clone().view(rows, -1)
-        pieces = parts.split([rows * count for count in self._counts])
-        return torch.cat([piece.view(rows, -1) for piece in pieces], dim=1)
+            return parts.clone()
+        # By numpy: torch would start OpenMP's threads, which spin on after their work and take the processor
+        # from the next layer's pieces.
+        out = torch.empty_like(parts)
+        source, target, start = parts.numpy().reshape(-1), out.numpy(), 0
+        for count in self._counts:
+            piece = source[rows * start : rows * (start + count)].reshape(rows, count)
+            target[:, start : start + count] = piece
+            start += count
+        return out
 
 
 #: Most rows that go through the shared buffers (4 * rows bytes for each width in a model, once).
@@ -300,9 +307,15 @@ _lock = threading.RLock()
 def find(kind: Any, tensors: tuple[Tensor, ...]) -> Any:
     """What `prepared` keeps for these arguments, or None."""
     entry = _entries.get((kind, *[t.data_ptr() for t in tensors], tensors[0].shape))
-    if entry is None or entry.versions != tuple([-1 if t.is_inference() else t._version for t in tensors]):
-        return None
-    return entry.value
+    return entry.value if entry is not None and entry.versions == _versions(tensors) else None
+
+
+def _versions(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
+    """How often each was written to; inference tensors do not say."""
+    try:
+        return tuple([t._version for t in tensors])
+    except RuntimeError:
+        return tuple([-1 if t.is_inference() else t._version for t in tensors])
 
 
 def prepared(kind: Any, tensors: tuple[Tensor, ...], build: Callable[[], Any]) -> Any:
@@ -314,7 +327,7 @@ def prepared(kind: Any, tensors: tuple[Tensor, ...], build: Callable[[], Any]) -
         value = find(kind, tensors)
         if value is None:
             key = (kind, *[t.data_ptr() for t in tensors], tensors[0].shape)
-            versions = tuple([-1 if t.is_inference() else t._version for t in tensors])
+            versions = _versions(tensors)
             value = build()
             _entries[key] = _Entry(versions, value)
             for storage in (t.untyped_storage() for t in tensors):

@@ -1,0 +1,180 @@
+"""What quantkit's CPU op costs beside onnxruntime's own call of the same MatMulNBits node, and beside dense.
+
+    OMP_NUM_THREADS=2 python scripts/bench_cpu.py --shape 4096x4096 --bits 4 --rows 1,8,64
+
+The same packed tensors, attributes, number of threads and input tensor for all:
+
+    quantkit   ops.affine_linear on torch tensors, as a layer calls it
+    run        InferenceSession.run(None, {"x": x.numpy()}), then torch.from_numpy: onnxruntime's own call
+    bound      run_with_iobinding with input and output bound once: the product alone, no tensor in or out
+    default    as run, with onnxruntime's default session options (its threads spin between calls)
+    dense      torch.nn.functional.linear, float32
+
+`run` and `bound` have the session options that were fastest here (force_spinning_stop). Weights are cold: copies of
+96 MiB together take turns. Candidates alternate in blocks of calls; the first calls of a block do not count, because
+threads of the candidate before may still spin. `default` and `dense`, whose threads spin longest, come in rounds of
+their own. Medians over all counted calls, in microseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy
+import onnxruntime
+import torch
+from torch import Tensor
+
+from quantkit.encoding import Affine, PackedWeight, dequantize
+from quantkit.kernels import cpu, cpu_sessions, cpu_weights
+from quantkit.kernels.bench_cases import random_weight, run_op
+
+Call = Callable[[], Any]
+COLD_BYTES = 96 << 20
+SKIPPED, COUNTED = 3, 9
+
+
+def own_session(packed: PackedWeight, level: int, spin: bool) -> Any:
+    """One onnxruntime session of the weight's node, at its own width (no widening), weights read in place."""
+    enc, (n, k) = packed.encoding, packed.shape
+    assert isinstance(enc, Affine) and packed.zero is not None
+    block = cpu.ort_block(enc.group_size, k)
+    assert block is not None
+    scales = cpu_weights.per_block(packed.scale.float(), enc.group_size, block, -(-k // block))
+    zeros = cpu_weights.per_block(packed.zero, enc.group_size, block, -(-k // block))
+    weights = {
+        "b": packed.codes.view(n, -1, block * enc.bits // 8),
+        "scales": scales,
+        "zeros": cpu_weights.pack(zeros, enc.bits),
+    }
+    attributes = {"block_size": block, "accuracy_level": level, "bits": enc.bits}
+    node = cpu_sessions.Node("MatMulNBits", n, k, attributes, weights)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    if not spin:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+    values = {name: cpu_sessions._borrow(t) for name, t in weights.items()}
+    options.add_external_initializers(list(values), list(values.values()))
+    for name, value in values.items():
+        options.add_initializer(name, value)
+    model = cpu_sessions._model_bytes(node)
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return session, (weights, values)
+
+
+def run_call(packed: PackedWeight, level: int, x: Tensor, spin: bool) -> Call:
+    session, kept = own_session(packed, level, spin)
+
+    def call(session: Any = session, kept: Any = kept) -> Tensor:
+        return torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+
+    return call
+
+
+def bound_call(packed: PackedWeight, level: int, x: Tensor) -> Call:
+    session, kept = own_session(packed, level, False)
+    out, binding = torch.empty(x.shape[0], packed.shape[0]), session.io_binding()
+    binding.bind_input("x", "cpu", 0, numpy.float32, tuple(x.shape), x.data_ptr())
+    binding.bind_output("y", "cpu", 0, numpy.float32, tuple(out.shape), out.data_ptr())
+
+    def call(kept: Any = (kept, out)) -> Tensor:
+        session.run_with_iobinding(binding)
+        return out
+
+    return call
+
+
+def in_turn(calls: list[Call]) -> Call:
+    position = 0
+
+    def call() -> Any:
+        nonlocal position
+        position += 1
+        return calls[position % len(calls)]()
+
+    return call
+
+
+def medians(candidates: dict[str, Call], seconds: float) -> dict[str, float]:
+    """Microseconds, from alternating blocks: at least three each."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    end, rounds = time.perf_counter() + seconds, 0
+    while rounds < 3 or time.perf_counter() < end:
+        for name, call in candidates.items():
+            for i in range(SKIPPED + COUNTED):
+                start = time.perf_counter()
+                call()
+                if i >= SKIPPED:
+                    times[name].append(time.perf_counter() - start)
+        rounds += 1
+    return {name: statistics.median(values) * 1e6 for name, values in times.items()}
+
+
+@torch.no_grad()
+def measure(bits: int, n: int, k: int, rows: list[int], mode: str, seconds: float) -> None:
+    level = cpu_weights.INT8 if mode == "int8" else cpu_weights.FLOAT32
+    first = random_weight(f"affine-{bits}g128", n, k, torch.device("cpu"))
+    copies = [first]
+    for _ in range(-(-COLD_BYTES // (n * k * bits // 8)) - 1):
+        copies.append(replace(first, **{name: t.clone() for name, t in first.tensors().items()}))
+    dense = [dequantize(first)]
+    dense += [dense[0].clone() for _ in range(max(1, -(-COLD_BYTES // (4 * n * k)) - 1))]
+    ours = [run_op(replace(w, activation="int8_block" if mode == "int8" else None)) for w in copies]
+    for m in rows:
+        x = torch.randn(m, k)
+        quiet = {
+            "quantkit": in_turn([lambda f=f, x=x: f(x) for f in ours]),
+            "run": in_turn([run_call(w, level, x, False) for w in copies]),
+            "bound": in_turn([bound_call(w, level, x) for w in copies]),
+        }
+        want = ours[0](x)
+        for name in ("run", "bound"):
+            apart = float((run_call(first, level, x, False)() - want).norm() / want.norm())
+            assert apart < (1e-2 if bits == 2 and mode == "int8" else 2e-3), (name, apart)
+        for call in quiet.values():
+            for _ in copies:
+                call()
+        spinning = {
+            "default": in_turn([run_call(w, level, x, True) for w in copies]),
+            "dense": in_turn([lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in dense]),
+        }
+        spinning["default"]()
+        found = {**medians(quiet, seconds), **medians(spinning, seconds / 3)}
+        us = found["quantkit"]
+        cells = [f"{bits}", f"{n}x{k}", f"{m}", mode, f"{us:.0f}"]
+        cells += [f"{found[name]:.0f}" for name in ("run", "bound", "default", "dense")]
+        cells += [f"{us / found[name]:.2f}" for name in ("run", "bound", "default")]
+        print("| " + " | ".join([*cells, f"{found['dense'] / us:.1f}"]) + " |", flush=True)
+        del quiet, spinning
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", action="append")
+    parser.add_argument("--bits", default="4")
+    parser.add_argument("--rows", default="1,8,64")
+    parser.add_argument("--mode", default="int8,exact")
+    parser.add_argument("--seconds", type=float, default=4.0)
+    given = parser.parse_args()
+    print(
+        f"torch {torch.__version__}, onnxruntime {onnxruntime.__version__}, {torch.get_num_threads()} threads"
+    )
+    header = ["bits", "N x K", "M", "mode", "quantkit", "run", "bound", "default", "dense"]
+    print("| " + " | ".join([*header, "/ run", "/ bound", "/ default", "dense /"]) + " |")
+    print("|" + " --- |" * 4 + " ---: |" * 9)
+    for shape in given.shape or ["4096x4096"]:
+        n, k = map(int, shape.split("x"))
+        for bits in map(int, given.bits.split(",")):
+            for mode in given.mode.split(","):
+                measure(bits, n, k, [int(m) for m in given.rows.split(",")], mode, given.seconds)
+
+
+if __name__ == "__main__":
+    main()
