@@ -20,10 +20,13 @@ from torch import Tensor
 from quantkit.kernels import codebook_tuning, sliced, tuning
 from quantkit.kernels.affine_launch import sum_splits
 from quantkit.kernels.codebook_backward import codebook_backward_kernel
-from quantkit.kernels.codebook_dequantize import codebook_dequantize_kernel
+from quantkit.kernels.codebook_dequantize import (
+    codebook_dequantize_kernel,
+    codebook_dequantize_words_kernel,
+)
 from quantkit.kernels.codebook_gemm import codebook_gemm_kernel, codebook_gemm_wide_kernel
 from quantkit.kernels.codebook_tuning import Config
-from quantkit.kernels.launch import DOT_TYPES, device_of, large_shared_memory
+from quantkit.kernels.launch import DOT_TYPES, device_of, has_ptx, large_shared_memory
 from quantkit.kernels.tuning import BackwardConfig
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -73,6 +76,8 @@ def launch_gemm(
     (m, k), n = x.shape, out_features
     inputs = max(32, min(config.inputs, block_size))
     row_scales = k % block_size == 0 and block_size % inputs == 0
+    if row_scales and inputs == block_size:
+        inputs *= min(4, config.inputs // block_size)  # a tile may span blocks
     slices = config.slices if row_scales else 1
     while slices > 1 and inputs * slices // 2 >= k:
         slices //= 2
@@ -86,7 +91,8 @@ def launch_gemm(
     split = min(config.split, triton.cdiv(k, step))
     out = x.new_empty((m, n))
     target = x.new_empty((split, m, n), dtype=torch.float32) if split > 1 else out
-    arguments = (x, codes, scale, lut, bias if bias is not None else x, target, m, n, k, x.stride(0), n)
+    arguments = (x, codes, scale, lut, bias if bias is not None else x, target, m, n, k, k // 2)
+    arguments += (x.stride(0), n)
     options: dict[str, Any] = {
         "BN": config.rows,
         "BM": config.columns,
@@ -175,6 +181,7 @@ def launch_backward(
         BLOCK=block_size,
         EVEN=n % config.outputs == 0,
         DOT=DOT_TYPES[grad.dtype],
+        ASM=has_ptx(),
         num_warps=config.warps,
     )
     return sum_splits(target, None, out) if split > 1 else out
@@ -213,6 +220,24 @@ def launch_dequantize(
     rows, columns = out.shape
     inputs, tall = 256, 8
     aligned = in_features % block_size == 0 and column % block_size == 0 and inputs % block_size == 0
+    fits = in_features % 128 == 0 and column % 128 == 0 and rows % 16 == 0 and columns % inputs == 0
+    if fits and in_features % block_size == 0 and block_size % 8 == 0 and codes.storage_offset() % 4 == 0:
+        codebook_dequantize_words_kernel[(columns // inputs, rows // 16)](
+            codes.view(torch.int32),
+            scale,
+            lut,
+            out,
+            row,
+            column,
+            in_features,
+            out.stride(0),
+            BN=16,
+            BK=inputs,
+            BLOCK=block_size,
+            ASM=has_ptx(),
+            num_warps=4,
+        )
+        return
     codebook_dequantize_kernel[(triton.cdiv(columns, inputs), triton.cdiv(rows, tall))](
         codes,
         scale,

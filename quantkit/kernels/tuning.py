@@ -88,13 +88,20 @@ def backward_config(m: int, n: int, k: int, bits: int) -> BackwardConfig:
 def fit_inputs(config: GemmConfig, k: int, group: int, parts: int) -> tuple[GemmConfig, bool]:
     """The config with `inputs` cut to the group, and whether one scale serves a row of the tile.
 
-    `group` is 0 for one group per row. A dot needs 16 bytes of codes, so 16 * parts inputs.
+    `group` is 0 for one group per row. A dot needs 16 bytes of codes, so 16 * parts inputs. With several slices
+    `inputs` may be two or four groups, which the kernel takes apart: then one scale serves a row of each.
     """
     least = 16 * parts
+
+    def row_scales(inputs: int) -> bool:
+        if group == 0 or group % inputs == 0:
+            return True
+        return config.slices > 1 and group >= least and inputs in (2 * group, 4 * group)
+
     inputs = max(config.inputs, least)
-    while inputs > least and ((group and group % inputs) or inputs // 2 >= k):
+    while inputs > least and (not row_scales(inputs) or inputs // 2 >= k):
         inputs //= 2
     slices = config.slices
     while slices > 2 and inputs * slices // 2 >= k:
         slices //= 2
-    return replace(config, inputs=inputs, slices=slices), group == 0 or group % inputs == 0
+    return replace(config, inputs=inputs, slices=slices), row_scales(inputs)
