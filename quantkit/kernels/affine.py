@@ -109,10 +109,11 @@ def affine_linear_backward(
     rows = grad.reshape(-1, n)
     weight = AffineWeight(codes, scale, zero, perm, bits, group_size)
     with device_of(grad):
-        if rows.shape[0] > tuning.FUSED_BACKWARD_ROWS or grad.dtype == torch.float32:
+        config = tuning.backward_config("affine", rows.shape[0], n, k, bits)
+        if config is None or grad.dtype == torch.float32:
             out = _sliced_backward(rows, weight, k)
         else:
-            out = launch_backward(rows, weight, k, tuning.backward_config(rows.shape[0], n, k, bits))
+            out = launch_backward(rows, weight, k, config)
     return out.view(*grad.shape[:-1], k)
 
 

@@ -82,7 +82,8 @@ def launch_gemm(
     while slices > 1 and inputs * slices // 2 >= k:
         slices //= 2
     # The table is static shared memory (32 KB) beside the tile's own. Triton asks the driver for more than
-    # 48 KB only when the tile's own share exceeds that, so the tile must be as `codebook_tuning` has it.
+    # 48 KB only when the tile's own share exceeds that; so it does, or is at most 16 KB. Both hold for the
+    # tiles of `codebook_tuning` and not for any cut of them.
     fits = inputs == config.inputs and slices == config.slices and row_scales
     asm = (large_shared_memory() if asm is None else asm) and fits and x.dtype != torch.float32
     # Without the table, loads of codes and of table values would be staged through shared memory as well.
@@ -91,8 +92,8 @@ def launch_gemm(
     split = min(config.split, triton.cdiv(k, step))
     out = x.new_empty((m, n))
     target = x.new_empty((split, m, n), dtype=torch.float32) if split > 1 else out
-    arguments = (x, codes, scale, lut, bias if bias is not None else x, target, m, n, k, k // 2)
-    arguments += (x.stride(0), n)
+    sizes = (m, n, k, k // 2, x.stride(0), n)
+    arguments = (x, codes, scale, lut, bias if bias is not None else x, target, *sizes)
     options: dict[str, Any] = {
         "BN": config.rows,
         "BM": config.columns,
@@ -129,10 +130,9 @@ def codebook_linear_backward(
 
     n, k = grad.shape[-1], in_features
     rows = grad.reshape(-1, n)
-    config = tuning.backward_config(rows.shape[0], n, k, 4)
-    fused = rows.shape[0] <= tuning.FUSED_BACKWARD_ROWS and grad.dtype != torch.float32
+    config = tuning.backward_config("codebook", rows.shape[0], n, k, 4)
     with device_of(grad):
-        if fused and k % block_size == 0 and block_size % 32 == 0:
+        if config and grad.dtype != torch.float32 and k % block_size == 0 and block_size % 32 == 0:
             dx = launch_backward(rows, codes, scale, lut, k, block_size, config)
         else:
 

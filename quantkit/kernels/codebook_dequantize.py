@@ -104,7 +104,9 @@ def codebook_dequantize_words_kernel(
     # One word per thread and row, not four: so that the store's layout is the load's.
     at = tl.max_contiguous(row[:, None] * (K // 8) + ((k_start + k) // 8)[None, :], [1, 1])
     word = tl.load(words_ptr + at)
-    absmax = tl.load(scale_ptr + row[:, None] * (K // BLOCK) + ((k_start + k) // BLOCK)[None, :]).to(tl.float32)
+    absmax = tl.load(scale_ptr + row[:, None] * (K // BLOCK) + ((k_start + k) // BLOCK)[None, :]).to(
+        tl.float32
+    )
     v0, v1, v2, v3, v4, v5, v6, v7 = eight_values(word, lut_ptr, ASM)
     dtype = out_ptr.dtype.element_ty
     a = tl.join((v0 * absmax).to(dtype), (v4 * absmax).to(dtype))

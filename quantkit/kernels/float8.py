@@ -265,10 +265,9 @@ def float8_linear_backward(grad: Tensor, codes: Tensor, scale: Tensor, block_n: 
         return NotImplemented
 
     rows = grad.reshape(-1, n)
-    config = tuning.backward_config(rows.shape[0], n, k, 8)
-    fused = rows.shape[0] <= tuning.FUSED_BACKWARD_ROWS and grad.dtype != torch.float32
+    config = tuning.backward_config("float8", rows.shape[0], n, k, 8)
     with device_of(grad):
-        if fused and (block_k >= k or block_k % 32 == 0):
+        if config and grad.dtype != torch.float32 and (block_k >= k or block_k % 32 == 0):
             dx = launch_backward(rows, codes, scale, block_n, block_k, config)
         else:
 

@@ -51,7 +51,14 @@ def codebook_cases() -> Iterator[tuple[str, float]]:
         (6, Config(32, 8, 128, 1)),
     ]
     # Odd N, a K tail, blocks that straddle rows (1000, 63), rows that begin inside a byte (63), other blocks.
-    for n, k, block in [(33, 256, 64), (5, 1000, 64), (7, 63, 64), (16, 320, 32), (9, 128, 128), (32, 512, 64)]:
+    for n, k, block in [
+        (33, 256, 64),
+        (5, 1000, 64),
+        (7, 63, 64),
+        (16, 320, 32),
+        (9, 128, 128),
+        (32, 512, 64),
+    ]:
         packed = codebook_weight(n, k, block, "nf4" if block == 64 else "fp4")
         exact = dequantize(packed, torch.float64)
         parts = (packed.codes, packed.scale, packed.lut)
