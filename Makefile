@@ -71,7 +71,7 @@ format: setup
 KERNEL_TARGETS ?= sm_75 sm_80 sm_89 sm_90 sm_100 gfx90a gfx942 gfx1100
 kernels: setup
 	$(BIN)/quantkit kernels build $(addprefix -t ,$(KERNEL_TARGETS)) -o build/kernels --overwrite \
-	  --dtype float16 --shape 4096x4096 --rows 1,16,64,4096
+	  --dtype float16 --dtype bfloat16 --shape 4096x4096 --rows 1,16,64,4096 --jobs $(JOBS)
 
 peers: setup
 	bash scripts/peers/setup.sh

@@ -27,7 +27,15 @@ def kernels_command(
         list[str] | None, typer.Option(help="N x K of the weight, as 4096x14336; repeat.")
     ] = None,
     rows: Annotated[str, typer.Option(help="Numbers of rows of x (M), with commas.")] = "",
-    dtype: Annotated[list[str] | None, typer.Option(help="Of x: bfloat16, float16, float32; repeat.")] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Of x: bfloat16, float16, float32; repeat. Default: the first two, or (CPU) the last."
+        ),
+    ] = None,
+    backward: Annotated[
+        bool, typer.Option("--backward", help="Time dx = dy @ W, and measure its memory, instead.")
+    ] = False,
     candidate: Annotated[
         list[str] | None,
         typer.Option(help="Who multiplies; repeat. Default: quantkit and what is installed."),
@@ -49,7 +57,8 @@ def kernels_command(
     """Time products with quantized weights against torch and every installed peer.
 
     Weights are cold (copies larger than the cache take turns), GPU calls are captured into graphs, and
-    errors are against float64. Ratios above 1 mean that quantkit is faster.
+    errors are against float64. Ratios above 1 mean that quantkit is faster. --backward times the gradient of x:
+    quantkit's route, dequantizing the whole weight, and the dense product.
 
     [bold]Example[/bold]
 
@@ -58,15 +67,15 @@ def kernels_command(
     import torch
 
     from quantkit.errors import UsageError, did_you_mean
-    from quantkit.kernels import bench_report
+    from quantkit.kernels import bench_backward, bench_cases, bench_report
     from quantkit.kernels.bench import bench
-    from quantkit.kernels.bench_cases import CANDIDATES, DEFAULT_CANDIDATES, FORMATS
 
+    cases = bench_backward if backward else bench_cases
     formats = format or ["affine-4g128", "nf4"]
-    candidates = candidate or list(DEFAULT_CANDIDATES)
+    candidates = candidate or list(cases.DEFAULT_CANDIDATES)
     for given, known, what in (
-        (formats, FORMATS, "format"),
-        (candidates, tuple(CANDIDATES), "candidate"),
+        (formats, bench_cases.FORMATS, "format"),
+        (candidates, tuple(cases.CANDIDATES), "candidate"),
         (dtype or [], ("bfloat16", "float16", "float32"), "dtype"),
     ):
         for name in given:
@@ -74,7 +83,7 @@ def kernels_command(
                 raise UsageError(f"unknown {what} {name!r}", hint=did_you_mean(name, list(known)))
     place = torch.device(device) if device else torch.accelerator.current_accelerator() or torch.device("cpu")
     on_cpu = place.type == "cpu"
-    names = dtype or (["float32"] if on_cpu else ["bfloat16"])
+    names = dtype or (["float32"] if on_cpu else ["bfloat16", "float16"])
     report = bench(
         formats,
         [_shape(s) for s in shape or (SHAPES[:1] if on_cpu else SHAPES)],
@@ -82,6 +91,7 @@ def kernels_command(
         device=place,
         dtypes=[getattr(torch, name) for name in names],
         candidates=candidates,
+        backward=backward,
         seconds=seconds,
         budget=budget or float("inf"),
         progress=lambda text: typer.echo(text, err=True),
@@ -120,6 +130,8 @@ def _print(report: object) -> None:
     for line in lines:
         made.add_row(*line)
     out.print(made)
+    for name, package in report.absent.items():
+        out.print(f"not measured: {name} ({package} is not installed)")
     for note in sorted({f"{row.candidate}: {row.note}" for row in report.rows if row.note}):
         out.print(f"[yellow]failed[/yellow] {note}", markup=True)
 

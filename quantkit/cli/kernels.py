@@ -43,6 +43,7 @@ def build_command(
     ] = None,
     rows: Annotated[str, typer.Option(help="Numbers of rows of x (M), with commas.")] = "",
     backward: Annotated[bool, typer.Option(help="Also what training needs.")] = True,
+    jobs: Annotated[int, typer.Option(help="Compile in this many processes at once.", min=1)] = 1,
     overwrite: Annotated[bool, typer.Option(help="Replace what an earlier build left there.")] = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -63,7 +64,7 @@ def build_command(
                 f"[dim]{entry['file']}[/dim]  {entry['shared']} of {entry['shared_limit']} bytes shared"
             )
 
-    manifest = aot.build(request, target, output, report)
+    manifest = aot.build(request, target, output, report, jobs)
     if as_json:
         typer.echo(json.dumps(manifest, indent=1))
         return

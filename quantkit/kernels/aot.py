@@ -18,9 +18,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -288,28 +291,30 @@ def compile_record(item: Record, target_name: str) -> Built:
     return Built(entry, binary)
 
 
-def build(request: Request, targets: Iterable[str], out: Path, report: Any = None) -> dict[str, Any]:
+def build(
+    request: Request, targets: Iterable[str], out: Path, report: Any = None, jobs: int = 1
+) -> dict[str, Any]:
     """Compile the request for every target into `out`; returns the manifest that was written.
 
     `report(entry)` is called after each binary. What a target cannot have is left out and named in the
-    manifest's "left_out": kernels too large for its shared memory, bfloat16 on sm_75.
+    manifest's "left_out": kernels too large for its shared memory, bfloat16 on sm_75. More than one of `jobs`
+    compile in processes of their own; the result is the same, in the same order.
     """
     entries: list[dict[str, Any]] = []
     left_out: list[str] = []
     manifest = {"format": 1, "triton": triton.__version__, "left_out": left_out, "kernels": entries}
+    work: list[tuple[str, Request, int]] = []
+    for name in dict.fromkeys(targets):
+        wanted = request
+        if name == "sm_75" and torch.bfloat16 in request.dtypes:
+            wanted = replace(request, dtypes=tuple(d for d in request.dtypes if d != torch.bfloat16))
+            left_out.append("sm_75: bfloat16 (no bfloat16 matrix units)")
+        work += [(name, wanted, i) for i in range(len(_collected(name, wanted)))]
     try:
-        for name in dict.fromkeys(targets):
-            target = parse_target(name)
-            wanted = request
-            if name == "sm_75" and torch.bfloat16 in request.dtypes:
-                kept = tuple(d for d in request.dtypes if d != torch.bfloat16)
-                wanted = Request(request.encodings, kept, request.shapes, request.rows, request.backward)
-                left_out.append("sm_75: bfloat16 (no bfloat16 matrix units)")
-            for item in collect(wanted, target):
-                try:
-                    built = compile_record(item, name)
-                except QuantkitError as too_large:
-                    left_out.append(f"{name}: {too_large.what}")
+        with _mapper(jobs) as mapped:
+            for built in mapped(_compile_one, work):
+                if isinstance(built, str):
+                    left_out.append(built)
                     continue
                 path = out / built.entry["file"]
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -318,6 +323,36 @@ def build(request: Request, targets: Iterable[str], out: Path, report: Any = Non
                 if report is not None:
                     report(built.entry)
     finally:  # an interrupted build, too, says what it left
+        _collected.cache_clear()
         out.mkdir(parents=True, exist_ok=True)
         (out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return manifest
+
+
+@cache
+def _collected(target_name: str, request: Request) -> list[Record]:
+    """`collect`, once per process: records do not travel between processes, their numbers do."""
+    return collect(request, parse_target(target_name))
+
+
+def _compile_one(work: tuple[str, Request, int]) -> Built | str:
+    """One binary, or why the target cannot have it."""
+    name, request, index = work
+    try:
+        return compile_record(_collected(name, request)[index], name)
+    except QuantkitError as too_large:
+        return f"{name}: {too_large.what}"
+
+
+@contextmanager
+def _mapper(jobs: int) -> Iterator[Callable[..., Iterable[Built | str]]]:
+    """`map` here, or over `jobs` processes, started afresh: a fork of torch's threads may hang."""
+    if jobs <= 1:
+        yield map
+        return
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        try:
+            yield pool.map
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise

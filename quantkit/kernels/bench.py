@@ -8,6 +8,7 @@
 * Bytes are those that the product must move once: the packed weight, x and y; GB = 1e9 bytes. The copy
   bandwidth that they are compared with is measured in the same run (bytes read plus bytes written).
 * The error is relative, in the Frobenius norm, to the product of float64 x with the float64 weight.
+* `backward=True` times dx = dy @ W instead, and measures what it allocates beside dx at its peak.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ import torch
 from torch import Tensor
 
 from quantkit.encoding import PackedWeight, dequantize
-from quantkit.kernels.bench_cases import CANDIDATES, Product, random_weight
+from quantkit.kernels import bench_backward
+from quantkit.kernels.bench_cases import CANDIDATES, Candidate, Product, missing, random_weight
 
 #: Rotated weights together exceed this many times the last-level cache.
 CACHES = 3
@@ -37,7 +39,11 @@ CHECKED_ROWS = 16
 
 @dataclass(frozen=True)
 class Row:
-    """One candidate at one size. Times are medians in microseconds; `bytes` as the module says."""
+    """One candidate at one size. Times are medians in microseconds; `bytes` as the module says.
+
+    `extra_bytes` is the peak of what a call allocates beside its result; NaN where it was not measured
+    (forward, and on devices that do not count allocations).
+    """
 
     format: str
     n: int
@@ -50,6 +56,7 @@ class Row:
     bytes: int
     error: float
     note: str = ""
+    extra_bytes: float = float("nan")
 
     @property
     def gigabytes_per_second(self) -> float:
@@ -73,6 +80,9 @@ class Report:
     threads: int
     copy_gigabytes_per_second: float
     rows: list[Row] = field(default_factory=list)
+    backward: bool = False
+    #: Peers that were asked for and are not installed: name, and what to install.
+    absent: dict[str, str] = field(default_factory=dict)
 
     def baseline(self, row: Row, candidate: str) -> Row | None:
         """The row of `candidate` in the same cell."""
@@ -106,22 +116,28 @@ def bench(
     device: torch.device,
     dtypes: Sequence[torch.dtype],
     candidates: Sequence[str],
+    backward: bool = False,
     seconds: float = 0.1,
     budget: float = float("inf"),
     progress: Callable[[str], None] = lambda text: None,
 ) -> Report:
     """Time every candidate on every format, `(n, k)` shape, number of rows M and dtype of x.
 
-    `seconds` is the time spent on one candidate in one cell. A candidate that raises is left out of that
-    cell, with a row that says why (its time is infinite). Once `budget` seconds are over no further weight is
-    begun, and `progress` says how many were left out.
+    With `backward` the candidates are those of `bench_backward`. `seconds` is the time spent on one candidate
+    in one cell. A candidate that raises is left out of that cell, with a row that says why (its time is
+    infinite). Once `budget` seconds are over no further weight is begun, and `progress` says how many were
+    left out.
     """
     report = Report(
         device=device_name(device),
         versions=versions(candidates),
         threads=torch.get_num_threads(),
         copy_gigabytes_per_second=copy_bandwidth(device),
+        backward=backward,
+        absent=missing(candidates),
     )
+    table = bench_backward.CANDIDATES if backward else CANDIDATES
+    chosen = {name: table[name] for name in candidates}
     end = time.perf_counter() + budget
     work = list(itertools.product(formats, shapes, dtypes))
     for i, (form, (n, k), dtype) in enumerate(work):
@@ -130,7 +146,7 @@ def bench(
             break
         progress(f"{form} {n}x{k} {str(dtype).removeprefix('torch.')}")
         packed = random_weight(form, n, k, device)
-        report.rows += _cells(form, packed, rows, dtype, candidates, seconds)
+        report.rows += _cells(form, packed, rows, dtype, chosen, seconds, backward)
     return report
 
 
@@ -139,25 +155,29 @@ def _cells(
     packed: PackedWeight,
     rows: Sequence[int],
     dtype: torch.dtype,
-    candidates: Sequence[str],
+    candidates: dict[str, Candidate],
     seconds: float,
+    backward: bool,
 ) -> Iterator[Row]:
     """All candidates on one weight; M varies inside, so that weights are prepared once."""
     (n, k), device = packed.shape, packed.codes.device
     exact = dequantize(packed, torch.float64)
+    if not backward:
+        exact = exact.T
     ready: dict[str, list[Product]] = {}
     problems: dict[str, str] = {}
-    for name in candidates:
+    for name, candidate in candidates.items():
         try:
             dense = n * k * dtype.itemsize
-            ready[name] = _copies(name, packed, dtype, dense if name == "dense" else packed.nbytes())
+            ready[name] = _copies(candidate, packed, dtype, dense if name == "dense" else packed.nbytes())
         except Exception as error:  # a peer's failure is a result, not the end of the run
             problems[name] = _one_line(error)
     for m in rows:
-        x = torch.randn(m, k, device=device, dtype=dtype)
-        want = x[:CHECKED_ROWS].double() @ exact.T
+        x = torch.randn(m, n if backward else k, device=device, dtype=dtype)
+        want = x[:CHECKED_ROWS].double() @ exact
         timers: dict[str, Callable[[], float]] = {}
         errors: dict[str, float] = {}
+        extra: dict[str, float] = {}
         failed = dict(problems)
         for name, products in ready.items():
             if not products:
@@ -165,6 +185,8 @@ def _cells(
             try:
                 got = products[0](x)[:CHECKED_ROWS].double()
                 errors[name] = float((got - want).norm() / want.norm())
+                if backward:
+                    extra[name] = bench_backward.extra_bytes(products[0], x)
                 timers[name] = _timer(products, x)
             except Exception as error:
                 failed[name] = _one_line(error)
@@ -173,14 +195,14 @@ def _cells(
                 m * (n + k) * dtype.itemsize
             )
             yield Row(form, n, k, m, _name(dtype), name, statistics.median(times) * 1e6, min(times) * 1e6,
-                      moved, errors[name])  # fmt: skip
+                      moved, errors[name], extra_bytes=extra.get(name, float("nan")))  # fmt: skip
         for name, why in failed.items():
             yield Row(form, n, k, m, _name(dtype), name, float("inf"), float("inf"), 0, float("nan"), why)
 
 
-def _copies(name: str, packed: PackedWeight, dtype: torch.dtype, nbytes: int) -> list[Product]:
+def _copies(candidate: Candidate, packed: PackedWeight, dtype: torch.dtype, nbytes: int) -> list[Product]:
     """Products with enough copies of the weight to overflow the cache; empty if not covered."""
-    first = CANDIDATES[name](packed, dtype)
+    first = candidate(packed, dtype)
     if first is None:
         return []
     # The first copy keeps the random weight itself; the others have the same codes elsewhere in memory.
@@ -193,7 +215,7 @@ def _copies(name: str, packed: PackedWeight, dtype: torch.dtype, nbytes: int) ->
             activation=packed.activation,
             **{n: t.clone() for n, t in packed.tensors().items()},
         )
-        product = CANDIDATES[name](copy, dtype)
+        product = candidate(copy, dtype)
         assert product is not None
         products.append(product)
     return products

@@ -7,6 +7,7 @@ cover the weight, the device or the dtype. Peers take part where they are instal
     reference       plain torch: dequantize, then BLAS           dense           torch on the dense weight
     torch-int4      aten::_weight_int4pack_mm                    onnxruntime     MatMulNBits, level 1 / 4
     bitsandbytes    matmul_4bit (NF4, FP4)                       gemlite         GemLiteLinear (affine)
+    marlin          vLLM's GPTQ-Marlin product (affine, 4 and 8 bits, NVIDIA)
 
 Peers get the weight in their own layout, packed before the clock starts.
 """
@@ -14,7 +15,7 @@ Peers get the weight in their own layout, packed before the clock starts.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
@@ -23,10 +24,23 @@ import torch
 from torch import Tensor
 
 from quantkit.encoding import Affine, Codebook, Float8, PackedWeight, affine_codes, dequantize
-from quantkit.kernels import ops, reference
+from quantkit.kernels import bench_marlin, ops, reference
 
 Product = Callable[[Tensor], Tensor]
 Candidate = Callable[[PackedWeight, torch.dtype], Product | None]
+
+#: The package behind each peer; any of several, where there are several.
+PACKAGES = {
+    "onnxruntime": "onnxruntime", "onnxruntime-int8": "onnxruntime", "bitsandbytes": "bitsandbytes",
+    "gemlite": "gemlite", "marlin": "vllm",
+}  # fmt: skip
+
+
+def missing(candidates: Iterable[str]) -> dict[str, str]:
+    """Which of `candidates` cannot take part because a package is not installed: name -> package."""
+    wanted = {name: PACKAGES[name] for name in candidates if name in PACKAGES}
+    return {name: package for name, package in wanted.items() if find_spec(package) is None}
+
 
 #: NF4 and FP4 tables as bitsandbytes has them are taken from it where it is installed; these are enough
 #: for timing, and for errors against the same table.
@@ -227,6 +241,7 @@ CANDIDATES: dict[str, Candidate] = {
     "onnxruntime-int8": _onnxruntime(4),
     "bitsandbytes": _bitsandbytes,
     "gemlite": _gemlite,
+    "marlin": bench_marlin.prepare,
 }
 #: What runs unless asked otherwise: everything but the slow definition.
 DEFAULT_CANDIDATES = tuple(name for name in CANDIDATES if name != "reference")

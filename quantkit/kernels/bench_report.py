@@ -32,6 +32,8 @@ def to_json(report: Report) -> dict[str, Any]:
         "versions": report.versions,
         "threads": report.threads,
         "copy_gigabytes_per_second": report.copy_gigabytes_per_second,
+        "backward": report.backward,
+        "absent": report.absent,
         "rows": rows,
     }
 
@@ -44,10 +46,12 @@ def write_json(report: Report, path: Path) -> None:
 def table(report: Report) -> tuple[list[str], list[list[str]]]:
     """Header and lines, one per cell: quantkit's time, bandwidth, TFLOP/s, error, and ratios to the others.
 
-    A ratio is the other's time over quantkit's: above 1, quantkit is faster.
+    A ratio is the other's time over quantkit's: above 1, quantkit is faster. Of a gradient there is also what a
+    call allocates beside its result, and its share of what dequantizing the whole weight allocates.
     """
     others = list(dict.fromkeys(r.candidate for r in report.rows if r.candidate != "quantkit"))
     header = ["format", "N x K", "M", "dtype", "us", "GB/s", "of copy", "TFLOP/s", "error"]
+    header += ["extra MB", "of dequantize"] if report.backward else []
     lines = []
     by_cell: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in report.rows:
@@ -56,7 +60,7 @@ def table(report: Report) -> tuple[list[str], list[list[str]]]:
         ours = cell.get("quantkit")
         line = [form, f"{n}x{k}", str(m), dtype]
         if ours is None or not math.isfinite(ours.microseconds):
-            line += ["failed" if ours else "-"] + ["-"] * (4 + len(others))
+            line += ["failed" if ours else "-"] + ["-"] * (len(header) - 5 + len(others))
             lines.append(line)
             continue
         line += [
@@ -66,6 +70,8 @@ def table(report: Report) -> tuple[list[str], list[list[str]]]:
             f"{ours.teraflops:.1f}",
             f"{ours.error:.1e}",
         ]
+        if report.backward:
+            line += _memory(ours, cell.get("dequantize"))
         for name in others:
             other = cell.get(name)
             if other is None:
@@ -76,6 +82,15 @@ def table(report: Report) -> tuple[list[str], list[list[str]]]:
                 line.append(f"{other.microseconds / ours.microseconds:.2f}")
         lines.append(line)
     return header + others, lines
+
+
+def _memory(ours: Row, whole: Row | None) -> list[str]:
+    """Megabytes beside the result, and the share of the peer's."""
+    if math.isnan(ours.extra_bytes):
+        return ["-", "-"]
+    compared = whole is not None and whole.extra_bytes > 0
+    share = f"{ours.extra_bytes / whole.extra_bytes:.0%}" if whole is not None and compared else "-"
+    return [f"{ours.extra_bytes / 1e6:.1f}", share]
 
 
 def markdown(report: Report) -> str:

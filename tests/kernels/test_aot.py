@@ -69,6 +69,15 @@ def test_build_writes_binaries_and_a_manifest(target: str, magic: bytes, tmp_pat
     assert entry["threads"] == 4 * (32 if target.startswith("sm_") else 64)
 
 
+def test_parallel_builds_write_the_same(tmp_path: Path) -> None:
+    """Two targets in two processes: the manifest of one process, in its order, and the same bytes."""
+    alone = aot.build(ONE, ["sm_80", "sm_90"], tmp_path / "1")
+    together = aot.build(ONE, ["sm_80", "sm_90"], tmp_path / "2", jobs=2)
+    assert together == alone and len(alone["kernels"]) == 2
+    for entry in alone["kernels"]:
+        assert (tmp_path / "1" / entry["file"]).read_bytes() == (tmp_path / "2" / entry["file"]).read_bytes()
+
+
 def test_fewer_stages_where_shared_memory_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
     (record,) = aot.collect(ONE, aot.parse_target("sm_80"))
     full = aot.compile_record(record, "sm_80").entry
@@ -97,7 +106,7 @@ def test_sm_75_is_built_without_bfloat16(monkeypatch: pytest.MonkeyPatch, tmp_pa
     asked: list[aot.Request] = []
     monkeypatch.setattr(aot, "collect", lambda request, target: asked.append(request) or [])
     manifest = aot.build(aot.Request(), ["sm_75"], tmp_path)
-    assert asked[0].dtypes == (torch.float16,)
+    assert [request.dtypes for request in asked] == [(torch.float16,)]
     assert manifest["left_out"] == ["sm_75: bfloat16 (no bfloat16 matrix units)"]
 
 

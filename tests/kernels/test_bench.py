@@ -13,9 +13,9 @@ import torch
 from quantkit.cli.app import run
 from quantkit.encoding import Affine, dequantize
 from quantkit.errors import UsageError
-from quantkit.kernels import bench_report
+from quantkit.kernels import bench_backward, bench_marlin, bench_report, tuning
 from quantkit.kernels.bench import Report, Row, bench
-from quantkit.kernels.bench_cases import CANDIDATES, FORMATS, random_weight
+from quantkit.kernels.bench_cases import CANDIDATES, FORMATS, missing, random_weight
 
 CPU = torch.device("cpu")
 
@@ -51,6 +51,104 @@ def test_every_candidate_computes_the_product() -> None:
         # bitsandbytes on the CPU may multiply in bfloat16.
         bound = 3e-2 if rounded else 1e-2 if row.candidate == "bitsandbytes" else 1e-5
         assert row.error < bound, row
+
+
+def test_every_gradient_is_that_of_the_product() -> None:
+    """dx of each candidate against float64; the CPU counts no allocations, so no memory is claimed."""
+    report = bench(
+        ["affine-4g128", "affine-3g128", "nf4", "fp8-block"],
+        [(96, 256)],
+        [1, 3],
+        device=CPU,
+        dtypes=[torch.float32, torch.bfloat16],
+        candidates=list(bench_backward.CANDIDATES),
+        backward=True,
+        seconds=0.0,
+    )
+    assert {row.candidate for row in report.rows} >= {"quantkit", "dequantize", "dense", "reference"}
+    assert {row.dtype for row in report.rows} == {"float32", "bfloat16"}, "both in one run"
+    for row in report.rows:
+        assert row.note == "" and math.isnan(row.extra_bytes), row
+        assert row.error < (1e-5 if row.dtype == "float32" else 1e-2), row
+    header, lines = bench_report.table(report)
+    assert all(len(line) == len(header) for line in lines)
+    assert dict(zip(header, lines[0]))["extra MB"] == "-"
+
+
+def test_gradient_routes_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`quantkit-fused` and `-sliced` call the op with another limit, which is put back."""
+    seen: list[int] = []
+    shipped = tuning.FUSED_BACKWARD_ROWS
+
+    def product(grad: torch.Tensor) -> torch.Tensor:
+        seen.append(tuning.FUSED_BACKWARD_ROWS)
+        return grad
+
+    monkeypatch.setattr(bench_backward, "_quantkit", lambda packed, dtype: product)
+    packed = random_weight("nf4", 64, 64, torch.device("meta"))
+    for name in ("quantkit-fused", "quantkit-sliced"):
+        made = bench_backward.CANDIDATES[name](packed, torch.float16)
+        assert made is not None
+        made(torch.ones(1, 64))
+    assert seen == [1 << 30, 0] and shipped == tuning.FUSED_BACKWARD_ROWS
+    assert bench_backward.CANDIDATES["quantkit-fused"](packed, torch.float32) is None, "no such kernel"
+
+
+def test_extra_memory_is_the_peak_beside_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an allocator that counts as torch's does: 100 bytes held before, a peak of 100 + 48 + the result."""
+
+    class Allocator:
+        peak = now = 100
+
+        def synchronize(self) -> None: ...
+
+        def reset_peak_memory_stats(self) -> None:
+            self.peak = self.now
+
+        def memory_allocated(self) -> int:
+            return self.now
+
+        def max_memory_allocated(self) -> int:
+            return self.peak
+
+    allocator = Allocator()
+
+    def product(grad: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(3, 5, device="meta")
+        allocator.now += out.nbytes
+        allocator.peak = max(allocator.peak, allocator.now + 48)
+        return out
+
+    monkeypatch.setattr(torch, "get_device_module", lambda device: allocator)
+    assert bench_backward.extra_bytes(product, torch.empty(3, 7, device="meta")) == 48
+    assert math.isnan(bench_backward.extra_bytes(product, torch.empty(3, 7)))
+
+
+def test_memory_in_the_table() -> None:
+    rows = [
+        Row("nf4", 1024, 2048, 4, "bfloat16", name, 10.0, 10.0, 1, 1e-3, extra_bytes=extra)
+        for name, extra in (("quantkit", 2e6), ("dequantize", 8e6))
+    ]
+    header, (line,) = bench_report.table(Report("a chip", {}, 1, 40.0, rows, backward=True))
+    cells = dict(zip(header, line))
+    assert cells["extra MB"] == "2.0" and cells["of dequantize"] == "25%" and cells["dequantize"] == "1.00"
+
+
+def test_absent_peers_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """marlin comes with vLLM: without it the run says so instead of showing an empty column."""
+    monkeypatch.setattr("quantkit.kernels.bench_cases.find_spec", lambda name: None)
+    monkeypatch.setattr("quantkit.kernels.bench_marlin.find_spec", lambda name: None)
+    assert missing(["quantkit", "marlin", "dense"]) == {"marlin": "vllm"}
+    arguments = "bench kernels --device cpu -f affine-4g128 --shape 64x256 --rows 1 --seconds 0"
+    assert run([*arguments.split(), "--candidate", "quantkit", "--candidate", "marlin"]) == 0
+    assert "not measured: marlin (vllm is not installed)" in capsys.readouterr().out
+
+
+def test_marlin_takes_what_its_kernel_covers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything else is None before vLLM is imported."""
+    monkeypatch.setattr("quantkit.kernels.bench_marlin.find_spec", lambda name: object())
+    for form, dtype in (("affine-4g128", torch.float16), ("nf4", torch.float16)):
+        assert bench_marlin.prepare(random_weight(form, 64, 256, CPU), dtype) is None
 
 
 def test_a_failing_candidate_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,6 +241,7 @@ def test_a_spent_budget_ends_the_run_and_says_so() -> None:
         (["--shape", "64"], "N x K"),
         (["--rows", "0"], "number of rows"),
         (["--candidate", "gemlit"], "Did you mean 'gemlite'"),
+        (["--backward", "--candidate", "gemlite"], "unknown candidate 'gemlite'"),
     ],
 )
 def test_wrong_arguments(extra: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
