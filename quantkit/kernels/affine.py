@@ -109,11 +109,11 @@ def affine_linear_backward(
     rows = grad.reshape(-1, n)
     weight = AffineWeight(codes, scale, zero, perm, bits, group_size)
     with device_of(grad):
-        config = tuning.backward_config("affine", rows.shape[0], n, k, bits)
-        if config is None or grad.dtype == torch.float32:
-            out = _sliced_backward(rows, weight, k)
+        m = rows.shape[0]
+        if tuning.fused_backward("affine", m, n, k, bits) and grad.dtype != torch.float32:
+            out = launch_backward(rows, weight, k, tuning.backward_config("affine", m, n, k))
         else:
-            out = launch_backward(rows, weight, k, config)
+            out = _sliced_backward(rows, weight, k)
     return out.view(*grad.shape[:-1], k)
 
 

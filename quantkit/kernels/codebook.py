@@ -130,9 +130,10 @@ def codebook_linear_backward(
 
     n, k = grad.shape[-1], in_features
     rows = grad.reshape(-1, n)
-    config = tuning.backward_config("codebook", rows.shape[0], n, k, 4)
+    fused = tuning.fused_backward("codebook", rows.shape[0], n, k, 4) and grad.dtype != torch.float32
     with device_of(grad):
-        if config and grad.dtype != torch.float32 and k % block_size == 0 and block_size % 32 == 0:
+        if fused and k % block_size == 0 and block_size % 32 == 0:
+            config = tuning.backward_config("codebook", rows.shape[0], n, k)
             dx = launch_backward(rows, codes, scale, lut, k, block_size, config)
         else:
 

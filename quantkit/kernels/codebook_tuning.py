@@ -33,7 +33,7 @@ CONFIGS: list[tuple[int, list[tuple[int, Config]]]] = [
     (
         8191,
         [
-            (1, Config(16, 8, 128, 4, stages=3)),
+            (1, Config(16, 8, 64, 8, stages=3)),
             (8, Config(32, 8, 128, 4, stages=7)),
             (16, Config(32, 16, 128, 4)),
             (32, Config(32, 32, 128, 4, stages=3)),
@@ -44,7 +44,7 @@ CONFIGS: list[tuple[int, list[tuple[int, Config]]]] = [
     (
         12288,
         [
-            (1, Config(16, 8, 128, 4, stages=3)),
+            (1, Config(16, 8, 64, 8, stages=3)),
             (8, Config(64, 8, 64, 8)),
             (16, Config(32, 16, 64, 8, stages=3)),
             (32, Config(64, 32, 64, 4, stages=3)),
@@ -55,7 +55,7 @@ CONFIGS: list[tuple[int, list[tuple[int, Config]]]] = [
     (
         1 << 30,
         [
-            (1, Config(16, 8, 128, 4, stages=3)),
+            (1, Config(32, 8, 64, 4, stages=3)),
             (8, Config(64, 8, 64, 8)),
             (16, Config(64, 16, 128, 4, stages=3)),
             (32, Config(64, 32, 64, 4, stages=3)),

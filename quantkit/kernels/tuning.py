@@ -44,7 +44,7 @@ class BackwardConfig:
 
 #: Largest M for which the fused kernel beats dequantizing and calling the vendor's BLAS.
 FUSED_ROWS = 128
-#: The same for dx = dy @ W: see `backward_config`.
+#: The same for dx = dy @ W: see `fused_backward`.
 FUSED_BACKWARD_ROWS = 128
 #: Largest M for which norm, gate and residual join the product in one launch.
 ONE_LAUNCH_ROWS = 16
@@ -101,20 +101,25 @@ def _gemm_config3(m: int, n: int) -> GemmConfig:
     return GemmConfig(64, 32 if m <= 32 else 64, 128, 1, split=4 if n <= 8192 else 1)
 
 
-def backward_config(kind: str, m: int, n: int, k: int, bits: int) -> BackwardConfig | None:
-    """Tile for `dy [m, n]` times `W [n, k]`; None where slices of W through the vendor's BLAS are faster.
+def fused_backward(kind: str, m: int, n: int, k: int, bits: int) -> bool:
+    """Is `dy [m, n]` times `W [n, k]` fused? Otherwise slices of W go through the vendor's BLAS, there as fast.
 
     `kind` is "affine", "codebook" or "float8".
     """
-    if m > FUSED_BACKWARD_ROWS or bits == 3 or (kind == "codebook" and m > 64):
-        return None
+    if kind == "codebook":
+        return m <= 64
+    if bits == 3:
+        return False
+    return m <= (FUSED_BACKWARD_ROWS if kind == "float8" or n * k > 1 << 25 else 64)
+
+
+def backward_config(kind: str, m: int, n: int, k: int) -> BackwardConfig:
+    """Tile for `dy [m, n]` times `W [n, k]`, where fused."""
     if m <= 16:
         return BackwardConfig(16, 128, 64, split=16 if kind == "affine" and k <= 4096 else 8)
     if m <= 64:
         return BackwardConfig(64, 128, 64, split=8 if kind != "codebook" and k <= 4096 else 4)
-    if n * k <= 1 << 25:
-        return BackwardConfig(64, 128, 64, split=4) if kind == "float8" else None
-    if k <= 4096:
+    if k <= 4096 or kind == "codebook":
         return BackwardConfig(64, 128, 64, split=4)
     return BackwardConfig(128, 128, 64, split=4, warps=4 if kind == "affine" else 8)
 
