@@ -47,7 +47,7 @@ def affine_linear(
         with device_of(x):
             return ternary.int8_linear(rows, weight, bias).view(*x.shape[:-1], n)
     with device_of(x):
-        if rows.shape[0] > tuning.FUSED_ROWS:
+        if rows.shape[0] > (tuning.FUSED_ROWS_3BIT if bits == 3 else tuning.FUSED_ROWS):
             out = _sliced_linear(rows, weight, bias)
         else:
             out = launch_gemm(rows, weight, bias, tuning.gemm_config(rows.shape[0], n, k, bits))

@@ -44,6 +44,8 @@ class BackwardConfig:
 
 #: Largest M for which the fused kernel beats dequantizing and calling the vendor's BLAS.
 FUSED_ROWS = 128
+#: The same for three bits, whose two planes of codes are twice the products.
+FUSED_ROWS_3BIT = 64
 #: The same for dx = dy @ W: see `fused_backward`.
 FUSED_BACKWARD_ROWS = 128
 #: Largest M for which norm, gate and residual join the product in one launch.
