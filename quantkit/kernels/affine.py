@@ -47,7 +47,7 @@ def affine_linear(
         with device_of(x):
             return ternary.int8_linear(rows, weight, bias).view(*x.shape[:-1], n)
     with device_of(x):
-        if rows.shape[0] > tuning.FUSED_ROWS:
+        if rows.shape[0] > (tuning.FUSED_ROWS_3BIT if bits == 3 else tuning.FUSED_ROWS):
             out = _sliced_linear(rows, weight, bias)
         else:
             out = launch_gemm(rows, weight, bias, tuning.gemm_config(rows.shape[0], n, k, bits))
@@ -109,10 +109,11 @@ def affine_linear_backward(
     rows = grad.reshape(-1, n)
     weight = AffineWeight(codes, scale, zero, perm, bits, group_size)
     with device_of(grad):
-        if rows.shape[0] > tuning.FUSED_BACKWARD_ROWS or grad.dtype == torch.float32:
-            out = _sliced_backward(rows, weight, k)
+        m = rows.shape[0]
+        if tuning.fused_backward("affine", m, n, k, bits) and grad.dtype != torch.float32:
+            out = launch_backward(rows, weight, k, tuning.backward_config("affine", m, n, k))
         else:
-            out = launch_backward(rows, weight, k, tuning.backward_config(rows.shape[0], n, k, bits))
+            out = _sliced_backward(rows, weight, k)
     return out.view(*grad.shape[:-1], k)
 
 

@@ -14,7 +14,8 @@ every run.
         part   [KS, BN, BM] f32 = sum over parts of dot;  sums = the same with ones for the weight
         acc   += (part - sums * (zero + OFFSET)) * scale[KS, BN]
 
-where the group size is a multiple of BK, so that a row of the tile has one scale ("row" scales);
+where the group size is a multiple of BK, so that a row of the tile has one scale ("row" scales), or BK spans
+two or four groups, each of which is then multiplied by itself with its own scale (`block_split`);
 
 otherwise each weight is scaled before the dot, at the price of a rounding.
 
@@ -46,6 +47,7 @@ from quantkit.kernels.affine_unpack import (
     unpack,
     unpack_top,
 )
+from quantkit.kernels.block_split import split_each, split_last
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -91,6 +93,8 @@ def affine_gemm_kernel(
     PER: tl.constexpr = 4 if BITS == 3 else 8 // BITS
     BK: tl.constexpr = BKB * PER
     STEP: tl.constexpr = KS * BK
+    BLOCKS: tl.constexpr = BK // GROUP if ROW_SCALES and GROUP > 0 and GROUP < BK else 1
+    CUT: tl.constexpr = BK // BLOCKS
     if GATED:
         # Half of the tile's rows are gate rows, half the up rows that belong to them.
         half = tl.program_id(0) * (BN // 2) + tl.arange(0, BN) % (BN // 2)
@@ -106,17 +110,17 @@ def affine_gemm_kernel(
 
     jk = ks[:, None, None] * BKB + j[None, None, :]
     code_ptrs = codes_ptr + rows[None, :, None].to(tl.int64) * row_bytes + jk
-    PLANES: tl.constexpr = BITS == 3 and ROW_SCALES and BKB >= 32
+    PLANES: tl.constexpr = BITS == 3 and ROW_SCALES and BKB // BLOCKS >= 32
     if PLANES:
         jh = ks[:, None, None] * (BKB // 2) + tl.arange(0, BKB // 2)[None, None, :]
         high_ptrs = codes_ptr + rows[None, :, None].to(tl.int64) * row_bytes + high_offset + jh
     elif BITS == 3:
         high_ptrs = codes_ptr + rows[None, :, None].to(tl.int64) * row_bytes + high_offset + jk // 2
     if ONE_ROW:
-        x_ptrs = x_ptr + ks[:, None] * BK + tl.arange(0, BK)[None, :]
-        x_k = ks[:, None] * BK + tl.arange(0, BK)[None, :]
+        x_k = ks[:, None] * BK + tl.arange(0, CUT)[None, :]
+        x_ptrs = x_ptr + x_k
     else:
-        x_k = ks[:, None, None] * BK + tl.arange(0, BK)[None, None, :]
+        x_k = ks[:, None, None] * BK + tl.arange(0, CUT)[None, None, :]
         x_ptrs = x_ptr + m[None, :, None].to(tl.int64) * x_stride + x_k
         x_mask = m[None, :, None] < M
     group_ptr = rows[None, :] * groups
@@ -125,9 +129,15 @@ def affine_gemm_kernel(
     if HAS_NORM:
         squares = tl.zeros((KS, 1) if ONE_ROW else (KS, BM), tl.float32)
     if ROW_SCALES:
-        g = ks * 0 if GROUP == 0 else tl.minimum((first + ks * BK) // GROUP, groups - 1)
-        scale = tl.load(scale_ptr + group_ptr + g[:, None])
-        zero = tl.load(zero_ptr + group_ptr + g[:, None])
+        # Inputs at which the scales of a step begin, [KS, 1, BLOCKS].
+        g_k = ks[:, None, None] * BK + tl.arange(0, BLOCKS)[None, None, :] * CUT
+        if BLOCKS > 1 and EVEN_K:  # consecutive groups, loaded as such
+            g_step = ks[:, None, None] * BLOCKS + tl.arange(0, BLOCKS)[None, None, :]
+            g = first // GROUP + g_step
+        else:
+            g = g_k * 0 if GROUP == 0 else tl.minimum((first + g_k) // GROUP, groups - 1)
+        scale = tl.load(scale_ptr + group_ptr[:, :, None] + g)
+        zero = tl.load(zero_ptr + group_ptr[:, :, None] + g)
     for k in tl.range(first, K, STEP * SPLIT, num_stages=STAGES):
         if EVEN_K:
             c = tl.load(code_ptrs + k // PER)
@@ -141,71 +151,75 @@ def affine_gemm_kernel(
                 h = tl.load(high_ptrs + k // 8, mask=jh < (K - k + 7) // 8, other=0)
             else:
                 h = tl.load(high_ptrs + k // 8, mask=jk < (K - k + PER - 1) // PER, other=0)
-        if ONE_ROW:
-            if EVEN_K:
-                x1 = tl.load(x_ptrs + k)
-            else:
-                x1 = tl.load(x_ptrs + k, mask=x_k < K - k, other=0.0)
-            if HAS_NORM:
-                wide = x1.to(tl.float32)
-                squares += tl.sum(wide * wide, 1)[:, None]
-                x1 = (wide * tl.load(norm_ptr + x_k + k, mask=x_k < K - k, other=0.0)).to(x1.dtype)
-            x = tl.broadcast_to(x1[:, None, :], (KS, BM, BK))
-        else:
-            if EVEN_K:
-                x = tl.load(x_ptrs + k, mask=x_mask, other=0.0)
-            else:
-                x = tl.load(x_ptrs + k, mask=x_mask & (x_k < K - k), other=0.0)
-            if HAS_NORM:
-                wide = x.to(tl.float32)
-                squares += tl.sum(wide * wide, 2)
-                x = (wide * tl.load(norm_ptr + x_k + k, mask=x_k < K - k, other=0.0)).to(x.dtype)
-
         if ROW_SCALES:
             # The next step's scales are asked for now: the pipeliner leaves loads this narrow alone.
-            if GROUP == 0:
-                g = ks * 0
+            if BLOCKS > 1 and EVEN_K:
+                g = tl.minimum((k + STEP * SPLIT) // GROUP, groups - KS * BLOCKS) + g_step
             else:
-                g = tl.minimum((k + STEP * SPLIT + ks * BK) // GROUP, groups - 1)
-            next_scale = tl.load(scale_ptr + group_ptr + g[:, None])
-            next_zero = tl.load(zero_ptr + group_ptr + g[:, None])
+                g = g_k * 0 if GROUP == 0 else tl.minimum((k + STEP * SPLIT + g_k) // GROUP, groups - 1)
+            next_scale = tl.load(scale_ptr + group_ptr[:, :, None] + g)
+            next_zero = tl.load(zero_ptr + group_ptr[:, :, None] + g)
+            scales = split_each(scale, BLOCKS)
+            zeros = split_each(zero, BLOCKS)
+            cs = split_last(c, BLOCKS)
+            hs = split_last(h, BLOCKS)
+        for block in tl.static_range(BLOCKS):
+            at = k + block * CUT
+            if ONE_ROW:
+                x1 = tl.load(x_ptrs + at) if EVEN_K else tl.load(x_ptrs + at, mask=x_k < K - at, other=0.0)
+                if HAS_NORM:
+                    wide = x1.to(tl.float32)
+                    squares += tl.sum(wide * wide, 1)[:, None]
+                    norm = tl.load(norm_ptr + x_k + at, mask=x_k < K - at, other=0.0)
+                    x1 = (wide * norm).to(x1.dtype)
+                x = tl.broadcast_to(x1[:, None, :], (KS, BM, CUT))
+            else:
+                x = tl.load(x_ptrs + at, mask=x_mask if EVEN_K else x_mask & (x_k < K - at), other=0.0)
+                if HAS_NORM:
+                    wide = x.to(tl.float32)
+                    squares += tl.sum(wide * wide, 2)
+                    norm = tl.load(norm_ptr + x_k + at, mask=x_k < K - at, other=0.0)
+                    x = (wide * norm).to(x.dtype)
+
             xs = split_inputs(x, PER)
-            ws = unpack(c, h, j[None, None, :], 2 if PLANES else BITS, DOT, ASM)
-            ones = ones_like_codes(c, DOT, ASM)
-            part = tl.zeros((KS, BN, BM), tl.float32)
-            sums = tl.zeros((KS, BN, BM), tl.float32)
-            for r in tl.static_range(PER):
-                w = ws[r]
-                if CENTRED:
-                    w = centred(w, 2 if PLANES else BITS, DOT)
-                xr = tl.trans(xs[r], (0, 2, 1))
-                part = dot_pieces(w, xr, part, DOT)
-                # sum_k x, in the layout of `part`: the tensor cores idle here, adders do not.
-                sums = dot_pieces(ones, xr, sums, DOT)
-            low = zero.to(tl.float32) + code_offset(BITS, DOT, CENTRED)
-            if PLANES:
-                xs8 = split_inputs(x, 8)
-                tops = unpack_top(h, DOT, ASM)
-                for r in tl.static_range(8):
-                    w = tops[r]
+            if ROW_SCALES:
+                jb = tl.arange(0, BKB // BLOCKS)[None, None, :]
+                ws = unpack(cs[block], hs[block], jb, 2 if PLANES else BITS, DOT, ASM)
+                ones = ones_like_codes(cs[block], DOT, ASM)
+                part = tl.zeros((KS, BN, BM), tl.float32)
+                sums = tl.zeros((KS, BN, BM), tl.float32)
+                for r in tl.static_range(PER):
+                    w = ws[r]
                     if CENTRED:
-                        w = centred(w, 2, DOT)
-                    else:
-                        low += code_offset(2, DOT, False) if r == 0 else 0.0
-                    part = dot_pieces(w, tl.trans(xs8[r], (0, 2, 1)), part, DOT)
-            acc += (part - sums * low[:, :, None]) * scale.to(tl.float32)[:, :, None]
+                        w = centred(w, 2 if PLANES else BITS, DOT)
+                    xr = tl.trans(xs[r], (0, 2, 1))
+                    part = dot_pieces(w, xr, part, DOT)
+                    # sum_k x, in the layout of `part`: the tensor cores idle here, adders do not.
+                    sums = dot_pieces(ones, xr, sums, DOT)
+                low = zeros[block].to(tl.float32) + code_offset(BITS, DOT, CENTRED)
+                if PLANES:
+                    xs8 = split_inputs(x, 8)
+                    tops = unpack_top(hs[block], DOT, ASM)
+                    for r in tl.static_range(8):
+                        w = tops[r]
+                        if CENTRED:
+                            w = centred(w, 2, DOT)
+                        else:
+                            low += code_offset(2, DOT, False) if r == 0 else 0.0
+                        part = dot_pieces(w, tl.trans(xs8[r], (0, 2, 1)), part, DOT)
+                acc += (part - sums * low[:, :, None]) * scales[block].to(tl.float32)[:, :, None]
+            else:
+                for r in tl.static_range(PER):
+                    ge = tl.minimum((k + jk * PER + r) // GROUP, groups - 1) if GROUP > 0 else jk * 0
+                    s = tl.load(scale_ptr + group_ptr[:, :, None] + ge).to(tl.float32)
+                    z = tl.load(zero_ptr + group_ptr[:, :, None] + ge).to(tl.float32)
+                    q = codes_part(c, h, j[None, None, :], r, BITS).to(tl.float32)
+                    w = ((q - z) * s).to(DOT)
+                    xr = tl.trans(xs[r], (0, 2, 1)).to(DOT)
+                    acc = tl.dot(w, xr, acc, input_precision="ieee")
+        if ROW_SCALES:
             scale = next_scale
             zero = next_zero
-        else:
-            xs = split_inputs(x, PER)
-            for r in tl.static_range(PER):
-                ge = tl.minimum((k + jk * PER + r) // GROUP, groups - 1) if GROUP > 0 else jk * 0
-                s = tl.load(scale_ptr + group_ptr[:, :, None] + ge).to(tl.float32)
-                z = tl.load(zero_ptr + group_ptr[:, :, None] + ge).to(tl.float32)
-                q = codes_part(c, h, j[None, None, :], r, BITS).to(tl.float32)
-                w = ((q - z) * s).to(DOT)
-                xr = tl.trans(xs[r], (0, 2, 1)).to(DOT)
-                acc = tl.dot(w, xr, acc, input_precision="ieee")
 
     total = tl.sum(acc, 0)
     if HAS_NORM:

@@ -18,6 +18,7 @@ from quantkit.kernels import launch as device
 from quantkit.kernels import tuning
 from quantkit.kernels.affine_backward import affine_backward_kernel
 from quantkit.kernels.affine_dequantize import affine_dequantize_kernel
+from quantkit.kernels.affine_dequantize3 import affine_dequantize3_kernel
 from quantkit.kernels.affine_gemm import affine_gemm_kernel, sum_splits_kernel
 from quantkit.kernels.affine_gemm_wide import affine_gemm_wide_kernel, split_inputs_kernel
 
@@ -264,6 +265,25 @@ def launch_dequantize(
     Columns come in the model's order where the weight has a permutation and all of them are asked for.
     """
     group, tile = weight.group, 128
+    if weight.bits == 3 and weight.perm is None and _fits_words(weight, out, rows, columns):
+        affine_dequantize3_kernel[(columns[1] // 256, rows[1] // 16)](
+            weight.codes.view(torch.int16),
+            weight.codes,
+            weight.scale,
+            weight.zero,
+            out,
+            rows[0],
+            columns[0],
+            weight.codes.stride(0),
+            weight.high_offset,
+            weight.scale.shape[1],
+            out.stride(0),
+            BN=16,
+            BK=256,
+            GROUP=group,
+            num_warps=4,
+        )
+        return out
     while group and group % tile and tile > max(32, 16 * weight.parts):
         tile //= 2
     tall = 32 * 128 // tile
@@ -291,3 +311,10 @@ def launch_dequantize(
         num_warps=4,
     )
     return out
+
+
+def _fits_words(weight: AffineWeight, out: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> bool:
+    """Do whole tiles and aligned 16-bit pieces cover the range?"""
+    codes = weight.codes
+    aligned = codes.stride(0) % 2 == 0 and codes.storage_offset() % 2 == 0 and weight.group % 8 == 0
+    return aligned and rows[1] % 16 == 0 and columns[1] % 256 == 0 and columns[0] % 8 == 0

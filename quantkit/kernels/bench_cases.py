@@ -67,7 +67,7 @@ def random_weight(form: str, n: int, k: int, device: torch.device) -> PackedWeig
             zero = torch.ones(n, 1, dtype=torch.uint8, device=device)
             return PackedWeight(Affine(2, k), (n, k), codes, scale, zero)
         if kind == "hqq":
-            zero = torch.rand(n, groups, device=device) * top
+            zero = (torch.rand(n, groups, device=device) * top).half()  # as loaded from hqq's files
         else:
             zero = torch.randint(0, top + 1, (n, groups), dtype=torch.uint8, device=device)
         return PackedWeight(Affine(bits, group), (n, k), codes, scale.half(), zero)

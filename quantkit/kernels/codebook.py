@@ -20,10 +20,13 @@ from torch import Tensor
 from quantkit.kernels import codebook_tuning, sliced, tuning
 from quantkit.kernels.affine_launch import sum_splits
 from quantkit.kernels.codebook_backward import codebook_backward_kernel
-from quantkit.kernels.codebook_dequantize import codebook_dequantize_kernel
+from quantkit.kernels.codebook_dequantize import (
+    codebook_dequantize_kernel,
+    codebook_dequantize_words_kernel,
+)
 from quantkit.kernels.codebook_gemm import codebook_gemm_kernel, codebook_gemm_wide_kernel
 from quantkit.kernels.codebook_tuning import Config
-from quantkit.kernels.launch import DOT_TYPES, device_of, large_shared_memory
+from quantkit.kernels.launch import DOT_TYPES, device_of, has_ptx, large_shared_memory
 from quantkit.kernels.tuning import BackwardConfig
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -73,11 +76,14 @@ def launch_gemm(
     (m, k), n = x.shape, out_features
     inputs = max(32, min(config.inputs, block_size))
     row_scales = k % block_size == 0 and block_size % inputs == 0
+    if row_scales and inputs == block_size:
+        inputs *= min(4, config.inputs // block_size)  # a tile may span blocks
     slices = config.slices if row_scales else 1
     while slices > 1 and inputs * slices // 2 >= k:
         slices //= 2
     # The table is static shared memory (32 KB) beside the tile's own. Triton asks the driver for more than
-    # 48 KB only when the tile's own share exceeds that, so the tile must be as `codebook_tuning` has it.
+    # 48 KB only when the tile's own share exceeds that; so it does, or is at most 16 KB. Both hold for the
+    # tiles of `codebook_tuning` and not for any cut of them.
     fits = inputs == config.inputs and slices == config.slices and row_scales
     asm = (large_shared_memory() if asm is None else asm) and fits and x.dtype != torch.float32
     # Without the table, loads of codes and of table values would be staged through shared memory as well.
@@ -86,7 +92,8 @@ def launch_gemm(
     split = min(config.split, triton.cdiv(k, step))
     out = x.new_empty((m, n))
     target = x.new_empty((split, m, n), dtype=torch.float32) if split > 1 else out
-    arguments = (x, codes, scale, lut, bias if bias is not None else x, target, m, n, k, x.stride(0), n)
+    sizes = (m, n, k, k // 2, x.stride(0), n)
+    arguments = (x, codes, scale, lut, bias if bias is not None else x, target, *sizes)
     options: dict[str, Any] = {
         "BN": config.rows,
         "BM": config.columns,
@@ -123,10 +130,10 @@ def codebook_linear_backward(
 
     n, k = grad.shape[-1], in_features
     rows = grad.reshape(-1, n)
-    config = tuning.backward_config(rows.shape[0], n, k, 4)
-    fused = rows.shape[0] <= tuning.FUSED_BACKWARD_ROWS and grad.dtype != torch.float32
+    fused = tuning.fused_backward("codebook", rows.shape[0], n, k, 4) and grad.dtype != torch.float32
     with device_of(grad):
         if fused and k % block_size == 0 and block_size % 32 == 0:
+            config = tuning.backward_config("codebook", rows.shape[0], n, k)
             dx = launch_backward(rows, codes, scale, lut, k, block_size, config)
         else:
 
@@ -175,6 +182,7 @@ def launch_backward(
         BLOCK=block_size,
         EVEN=n % config.outputs == 0,
         DOT=DOT_TYPES[grad.dtype],
+        ASM=has_ptx(),
         num_warps=config.warps,
     )
     return sum_splits(target, None, out) if split > 1 else out
@@ -213,6 +221,24 @@ def launch_dequantize(
     rows, columns = out.shape
     inputs, tall = 256, 8
     aligned = in_features % block_size == 0 and column % block_size == 0 and inputs % block_size == 0
+    fits = in_features % 128 == 0 and column % 128 == 0 and rows % 16 == 0 and columns % inputs == 0
+    if fits and in_features % block_size == 0 and block_size % 8 == 0 and codes.storage_offset() % 4 == 0:
+        codebook_dequantize_words_kernel[(columns // inputs, rows // 16)](
+            codes.view(torch.int32),
+            scale,
+            lut,
+            out,
+            row,
+            column,
+            in_features,
+            out.stride(0),
+            BN=16,
+            BK=inputs,
+            BLOCK=block_size,
+            ASM=has_ptx(),
+            num_warps=4,
+        )
+        return
     codebook_dequantize_kernel[(triton.cdiv(columns, inputs), triton.cdiv(rows, tall))](
         codes,
         scale,

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quantkit.kernels.codebook_lookup import nibble
+from quantkit.kernels.codebook_lookup import two_values
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -38,6 +38,7 @@ def codebook_backward_kernel(
     BLOCK: tl.constexpr,
     EVEN: tl.constexpr,
     DOT: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     """Grid: (ceil(K / BK), SPLIT, ceil(M / BM)). EVEN: BN divides N, so that loads need no masks."""
     HALF: tl.constexpr = BK // 2
@@ -70,8 +71,9 @@ def codebook_backward_kernel(
             dy = tl.load(grad_ptrs + at, mask=start + n[None, :] < N, other=0.0)
             absmax = tl.load(scale_ptrs + at * (K // BLOCK), mask=start + n < N, other=0.0)
         dy = (dy.to(tl.float32) * absmax.to(tl.float32)[None, :]).to(DOT)
-        even = tl.dot(dy, nibble(c >> 4, lut_ptr, DOT), even, input_precision="ieee")
-        odd = tl.dot(dy, nibble(c & 15, lut_ptr, DOT), odd, input_precision="ieee")
+        high, low = two_values(c, lut_ptr, DOT, ASM)
+        even = tl.dot(dy, high, even, input_precision="ieee")
+        odd = tl.dot(dy, low, odd, input_precision="ieee")
         c = next_c
 
     k = k0 + tl.arange(0, BK)

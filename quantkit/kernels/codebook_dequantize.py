@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quantkit.kernels.codebook_lookup import code_at
+from quantkit.kernels.codebook_lookup import code_at, eight_values
 
 
 @triton.jit(do_not_specialize=["row_start", "k_start"])
@@ -76,3 +76,44 @@ def codebook_dequantize_kernel(
         tl.store(out_ptrs, value.to(out_ptr.dtype.element_ty))
     else:
         tl.store(out_ptrs, value.to(out_ptr.dtype.element_ty), mask=(n[:, None] < rows) & inside)
+
+
+@triton.jit(do_not_specialize=["row_start"])
+def codebook_dequantize_words_kernel(
+    words_ptr,
+    scale_ptr,
+    lut_ptr,
+    out_ptr,
+    row_start,
+    k_start,
+    K,
+    out_stride,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """The same where nothing is odd: tiles fit the range, BLOCK divides K, codes are 32-bit words of eight.
+
+    Grid: (columns / BK, rows / BN). A thread decodes a word into the eight neighbours of one wide store; scales
+    come with the words, a load for each that its neighbours share. So nothing changes hands between threads.
+    """
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    row = (row_start + n).to(tl.int64)
+    k = tl.program_id(0) * BK + 8 * tl.arange(0, BK // 8)
+    # One word per thread and row, not four: so that the store's layout is the load's.
+    at = tl.max_contiguous(row[:, None] * (K // 8) + ((k_start + k) // 8)[None, :], [1, 1])
+    word = tl.load(words_ptr + at)
+    absmax = tl.load(scale_ptr + row[:, None] * (K // BLOCK) + ((k_start + k) // BLOCK)[None, :]).to(
+        tl.float32
+    )
+    v0, v1, v2, v3, v4, v5, v6, v7 = eight_values(word, lut_ptr, ASM)
+    dtype = out_ptr.dtype.element_ty
+    a = tl.join((v0 * absmax).to(dtype), (v4 * absmax).to(dtype))
+    b = tl.join((v2 * absmax).to(dtype), (v6 * absmax).to(dtype))
+    c = tl.join((v1 * absmax).to(dtype), (v5 * absmax).to(dtype))
+    d = tl.join((v3 * absmax).to(dtype), (v7 * absmax).to(dtype))
+    # The bits of a value's place in its word, from high to low, were joined in this order.
+    dense = tl.join(tl.join(a, b), tl.join(c, d)).reshape(BN, BK)
+    out = tl.program_id(0) * BK + tl.arange(0, BK)
+    tl.store(out_ptr + n[:, None].to(tl.int64) * out_stride + out[None, :], dense)

@@ -13,7 +13,9 @@ of 32 random entries would meet in the same banks; so each lane has a copy of th
     entry of byte b for lane l at word 32 b + l                 32 KB, no conflicts
     per byte       prmt (byte out of the word), imad (address), lds
 
-12 instructions for 8 weights, of which 4 on the integer pipe. (Looking up bytes of the halves with `prmt` alone
+12 instructions for 8 weights, of which 4 on the integer pipe. Filling the table takes each program a microsecond or
+two; kernels that would not earn that back (`eight_values`, `two_values`) keep one entry of the sixteen in every
+lane and fetch with a shuffle, one per weight. (Looking up bytes of the halves with `prmt` alone
 takes 21, all on the integer pipe; the two nibbles as two operands, each with its own half of x, 16.)
 """
 
@@ -93,6 +95,72 @@ def lookup(c, lut_ptr, DTYPE: tl.constexpr, ASM: tl.constexpr):
         first = nibble(c >> 4, lut_ptr, DTYPE)
         second = nibble(c & 15, lut_ptr, DTYPE)
     return tl.join(first, second).reshape(c.shape[:-1] + [2 * c.shape[-1]])
+
+
+_SHUFFLES = "".join(
+    f"shr.b32 q, $8, {8 * (i // 2) + (4 if i % 2 == 0 else 0)}; shfl.sync.idx.b32 ${i}, entry, q, 0x100f, -1; "
+    for i in range(8)
+)
+_OWN_ENTRY = (
+    ".reg .b32 lane, entry, q; .reg .b64 at; mov.u32 lane, %laneid; and.b32 lane, lane, 15;"
+    " mad.wide.u32 at, lane, 4, {table}; ld.global.nc.b32 entry, [at]; "
+)
+#: PTX for a 32-bit word of eight codes in $8 and the table's address in $9: float32 values in the inputs' order.
+#: (The shuffle's last operands keep to the lane's own half of the warp: only four bits of the code count.)
+_EIGHT = tl.constexpr("{ " + _OWN_ENTRY.format(table="$9") + _SHUFFLES + "}")
+
+
+def _pair_asm(dtype: str) -> str:
+    """PTX for four bytes in $4, table at $5: values of high nibbles in $0, $1 (two halves each), of low in $2, $3."""
+    lines = [".reg .f32 a, b;"]
+    for out in range(4):
+        for name, byte in (("a", 2 * (out % 2)), ("b", 2 * (out % 2) + 1)):
+            shift = 8 * byte + (4 if out < 2 else 0)
+            lines += [f"shr.b32 q, $4, {shift};", f"shfl.sync.idx.b32 {name}, entry, q, 0x100f, -1;"]
+        lines.append(f"cvt.rn.{dtype}x2.f32 ${out}, b, a;")
+    return "{ " + _OWN_ENTRY.format(table="$5") + " ".join(lines) + " }"
+
+
+_PAIRS_F16 = tl.constexpr(_pair_asm("f16"))
+_PAIRS_BF16 = tl.constexpr(_pair_asm("bf16"))
+_PAIRS_CON = tl.constexpr("=r,=r,=r,=r,r,l,l,l,l")
+
+
+@triton.jit
+def two_values(c, lut_ptr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """Table values in DTYPE of the high and of the low codes of the bytes `c`."""
+    if ASM and tl.float32 != DTYPE:
+        table = lut_ptr.to(tl.int64) + tl.zeros(c.shape, tl.int64)
+        if tl.float16 == DTYPE:
+            types: tl.constexpr = (tl.float16, tl.float16)
+            return tl.inline_asm_elementwise(_PAIRS_F16, _PAIRS_CON, [c, table], types, is_pure=True, pack=4)
+        else:
+            types: tl.constexpr = (tl.bfloat16, tl.bfloat16)
+            return tl.inline_asm_elementwise(_PAIRS_BF16, _PAIRS_CON, [c, table], types, is_pure=True, pack=4)
+    else:
+        return (nibble(c >> 4, lut_ptr, DTYPE), nibble(c & 15, lut_ptr, DTYPE))
+
+
+@triton.jit
+def eight_values(word, lut_ptr, ASM: tl.constexpr):
+    """Float32 table values of the eight codes in each 32-bit `word`, as a tuple in the inputs' order."""
+    if ASM:
+        types: tl.constexpr = (tl.float32,) * 8
+        table = lut_ptr.to(tl.int64) + tl.zeros(word.shape, tl.int64)
+        return tl.inline_asm_elementwise(
+            _EIGHT, "=r,=r,=r,=r,=r,=r,=r,=r,r,l", [word, table], types, is_pure=True, pack=1
+        )
+    else:
+        return (
+            tl.load(lut_ptr + ((word >> 4) & 15)).to(tl.float32),
+            tl.load(lut_ptr + (word & 15)).to(tl.float32),
+            tl.load(lut_ptr + ((word >> 12) & 15)).to(tl.float32),
+            tl.load(lut_ptr + ((word >> 8) & 15)).to(tl.float32),
+            tl.load(lut_ptr + ((word >> 20) & 15)).to(tl.float32),
+            tl.load(lut_ptr + ((word >> 16) & 15)).to(tl.float32),
+            tl.load(lut_ptr + ((word >> 28) & 15)).to(tl.float32),
+            tl.load(lut_ptr + ((word >> 24) & 15)).to(tl.float32),
+        )
 
 
 @triton.jit

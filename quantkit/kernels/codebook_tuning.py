@@ -11,9 +11,9 @@ from quantkit.kernels import tuned
 class Config:
     """Tile of a fused product: rows BN of W, columns BM of x.T, inputs BK per slice, KS slices per step.
 
-    More than one slice runs `codebook_gemm_kernel`, one slice `codebook_gemm_wide_kernel`. `inputs` is cut to
-    the block. With the table in shared memory a tile's own share must exceed 48 KB (see `codebook.launch_gemm`):
-    `stages` sees to that, and a test holds every line to it.
+    More than one slice runs `codebook_gemm_kernel`, one slice `codebook_gemm_wide_kernel`. `inputs` is at most
+    four blocks. With the table in shared memory a tile's own share must be at most 16 KB or more than 48 KB
+    (see `codebook.launch_gemm`): `stages` sees to that, and a test holds every line to it.
     """
 
     rows: int
@@ -27,17 +27,42 @@ class Config:
 
 #: Largest M for which the fused kernels beat dequantizing and calling BLAS.
 FUSED_ROWS = 128
-#: From this N on, tiles of 64 or 128 rows give every multiprocessor of a large chip work.
-TALL = 8192
 
-#: (largest M, tile for N < TALL, tile for N >= TALL)
-CONFIGS: list[tuple[int, Config, Config]] = [
-    (1, Config(32, 8, 64, 16, warps=8), Config(64, 8, 64, 8)),
-    (8, Config(32, 8, 64, 8, warps=8), Config(32, 8, 64, 8)),
-    (16, Config(32, 16, 64, 8, stages=3), Config(32, 16, 64, 8, stages=3)),
-    (32, Config(64, 32, 64, 4, split=2, stages=3), Config(64, 32, 64, 4, stages=3)),
-    (64, Config(64, 64, 64, 1, split=4, stages=6), Config(128, 64, 64, 1, stages=5)),
-    (1 << 30, Config(64, 128, 64, 1, split=4), Config(128, 128, 64, 1, warps=8)),
+#: (largest N, lines of (largest M, tile)): the taller W, the fewer programs need to share a row of it.
+CONFIGS: list[tuple[int, list[tuple[int, Config]]]] = [
+    (
+        8191,
+        [
+            (1, Config(16, 8, 64, 8, stages=3)),
+            (8, Config(32, 8, 128, 4, stages=7)),
+            (16, Config(32, 16, 128, 4)),
+            (32, Config(32, 32, 128, 4, stages=3)),
+            (64, Config(64, 64, 128, 1, split=4)),
+            (1 << 30, Config(64, 128, 128, 1, split=2, stages=3)),
+        ],
+    ),
+    (
+        12288,
+        [
+            (1, Config(16, 8, 64, 8, stages=3)),
+            (8, Config(64, 8, 64, 8)),
+            (16, Config(32, 16, 64, 8, stages=3)),
+            (32, Config(64, 32, 64, 4, stages=3)),
+            (64, Config(64, 64, 128, 1, split=2)),
+            (1 << 30, Config(64, 128, 64, 1)),
+        ],
+    ),
+    (
+        1 << 30,
+        [
+            (1, Config(32, 8, 64, 4, stages=3)),
+            (8, Config(64, 8, 64, 8)),
+            (16, Config(64, 16, 128, 4, stages=3)),
+            (32, Config(64, 32, 64, 4, stages=3)),
+            (64, Config(128, 64, 128, 1, warps=8)),
+            (1 << 30, Config(64, 128, 64, 1)),
+        ],
+    ),
 ]
 
 #: For chips whose blocks take less shared memory (sm_75, sm_86, sm_89, sm_120, AMD): sized, not timed.
@@ -54,5 +79,5 @@ def config(m: int, n: int, large: bool = True, k: int = 0) -> Config:
         return found
     if not large:
         return next(config for most, config in SMALL if m <= most)
-    _, low, tall = next(line for line in CONFIGS if m <= line[0])
-    return low if n < TALL else tall
+    lines = next(lines for most, lines in CONFIGS if n <= most)
+    return next(config for most, config in lines if m <= most)

@@ -265,10 +265,10 @@ def float8_linear_backward(grad: Tensor, codes: Tensor, scale: Tensor, block_n: 
         return NotImplemented
 
     rows = grad.reshape(-1, n)
-    config = tuning.backward_config(rows.shape[0], n, k, 8)
-    fused = rows.shape[0] <= tuning.FUSED_BACKWARD_ROWS and grad.dtype != torch.float32
+    fused = tuning.fused_backward("float8", rows.shape[0], n, k, 8) and grad.dtype != torch.float32
     with device_of(grad):
         if fused and (block_k >= k or block_k % 32 == 0):
+            config = tuning.backward_config("float8", rows.shape[0], n, k)
             dx = launch_backward(rows, codes, scale, block_n, block_k, config)
         else:
 

@@ -140,10 +140,12 @@ class FusionCase:
     residual: bool = False
     norm: bool = False
     gated: bool = False
+    inputs: int = 64
 
     @property
     def name(self) -> str:
         flags = [f for f in ("bias", "residual", "norm", "gated") if getattr(self, f)]
+        flags += ["blocks"] if self.inputs > 64 else []
         return f"{self.m}x{self.n}x{self.k}-{str(self.dtype)[6:]}-{'-'.join(flags) or 'plain'}"
 
 
@@ -159,7 +161,7 @@ def run_fusion(case: FusionCase, device: str, seed: int) -> float:
     bias = draw(case.n) if case.bias else None
     residual = draw(case.m, case.n // 2 if case.gated else case.n) if case.residual else None
     norm = draw(case.k) if case.norm else None
-    config = GemmConfig(16, 8, 64, 2)
+    config = GemmConfig(16, 8, case.inputs, 2)
     fusion = Fusion(residual, norm, 1e-5, case.gated)
     out = affine_launch.launch_gemm(x, affine_weight(w), bias, config, fusion).double()
     exact = x.double()
@@ -233,6 +235,13 @@ LINEAR = [
     Case(2, 64, 9, 16, 128, config=WIDE),
     Case(1, 128, 9, 16, 128, config=replace(WIDE, inputs=128)),
     Case(8, 32, 9, 16, 64, torch.float32, config=replace(WIDE, inputs=32)),
+    # Tiles that span two and four groups, with a tail of K and without; planes of three bits.
+    Case(4, 64, 1, 16, 512, config=replace(SMALL, inputs=128)),
+    Case(4, 32, 3, 33, 320, float_zero=True, config=replace(SMALL, inputs=128)),
+    Case(4, 32, 1, 16, 512, torch.float32, config=replace(SMALL, inputs=128)),
+    Case(3, 128, 2, 16, 512, config=replace(SMALL, inputs=256)),
+    Case(3, 128, 1, 16, 384, config=replace(SMALL, inputs=128)),
+    Case(3, 128, 9, 16, 256, config=replace(WIDE, inputs=128)),
 ]
 BACKWARD = [
     (Case(4, 64, 3, 33, 128), BackwardConfig(16, 64, 32)),
@@ -251,6 +260,10 @@ DEQUANTIZE = [
     Case(2, 24, 1, 3, 100, float_zero=True),
     Case(3, 64, 1, 5, 100, torch.float32, perm=True),
     Case(8, 32, 1, 3, 64),
+    Case(4, 64, 1, 64, 256),  # whole tiles: no masks
+    Case(3, 128, 1, 32, 512),  # whole words
+    Case(3, 64, 1, 16, 256, torch.float32, float_zero=True),
+    Case(3, 256, 1, 16, 256),
 ]
 
 
@@ -262,6 +275,8 @@ FUSION = [
     FusionCase(3, 33, 200, norm=True),
     FusionCase(3, 34, 192, gated=True),
     FusionCase(1, 64, 200, bias=True, residual=True, norm=True, gated=True),
+    FusionCase(2, 64, 200, bias=True, residual=True, norm=True, gated=True, inputs=128),
+    FusionCase(1, 33, 256, norm=True, inputs=128),
 ]
 TERNARY = [
     TernaryCase(1, 33, 200),

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from quantkit.algorithms import codebook as tables
 from quantkit.encoding import Codebook, Float8, PackedWeight, dequantize
-from quantkit.kernels import codebook, codebook_tuning, float8, float8_tuning, reference
+from quantkit.kernels import codebook, codebook_tuning, float8, float8_tuning, reference, tuning
 
 BOUND = {torch.float32: 2e-6, torch.float16: 1e-3}
 DEVICE = "cpu"
@@ -46,9 +46,19 @@ def codebook_cases() -> Iterator[tuple[str, float]]:
         (3, Config(16, 8, 64, 2, split=2)),
         (5, Config(32, 8, 64, 1)),
         (9, Config(16, 8, 64, 1, split=2)),
+        (1, Config(16, 8, 256, 2)),  # tiles that span blocks
+        (2, Config(16, 8, 128, 2, split=2)),
+        (6, Config(32, 8, 128, 1)),
     ]
     # Odd N, a K tail, blocks that straddle rows (1000, 63), rows that begin inside a byte (63), other blocks.
-    for n, k, block in [(33, 256, 64), (5, 1000, 64), (7, 63, 64), (16, 320, 32), (9, 128, 128)]:
+    for n, k, block in [
+        (33, 256, 64),
+        (5, 1000, 64),
+        (7, 63, 64),
+        (16, 320, 32),
+        (9, 128, 128),
+        (32, 512, 64),
+    ]:
         packed = codebook_weight(n, k, block, "nf4" if block == 64 else "fp4")
         exact = dequantize(packed, torch.float64)
         parts = (packed.codes, packed.scale, packed.lut)
@@ -63,6 +73,10 @@ def codebook_cases() -> Iterator[tuple[str, float]]:
             grad = torch.randn(2, 3, n).to(dtype)
             dx = codebook.codebook_linear_backward(grad, *parts, k, block)
             yield f"backward {name}", error(dx, grad.double() @ exact, dtype)
+            if k % block == 0:
+                tile = tuning.BackwardConfig(16, 64, 16, split=2)
+                dx = codebook.launch_backward(grad.view(6, n), *parts, k, block, tile)
+                yield f"fused backward {name}", error(dx, grad.view(6, n).double() @ exact, dtype)
         x = torch.randn(codebook_tuning.FUSED_ROWS + 1, k)
         got = codebook.codebook_linear(x, *parts, None, n, block)
         yield f"sliced {name}", error(got, x.double() @ exact.T, torch.float32)
@@ -70,6 +84,10 @@ def codebook_cases() -> Iterator[tuple[str, float]]:
     packed = codebook_weight(9, 256, 64, "nf4")
     codebook.launch_dequantize(packed.codes, packed.scale, packed.lut, 256, 64, part, 3, 128)
     yield "part", 0.0 if torch.equal(part, dequantize(packed)[3:7, 128:192]) else 2.0
+    part = torch.empty(16, 256)  # whole words
+    packed = codebook_weight(40, 640, 64, "nf4")
+    codebook.launch_dequantize(packed.codes, packed.scale, packed.lut, 640, 64, part, 17, 128)
+    yield "part in words", 0.0 if torch.equal(part, dequantize(packed)[17:33, 128:384]) else 2.0
 
 
 def float8_weight(n: int, k: int, block: tuple[int, int], activation: str | None) -> PackedWeight:
@@ -117,6 +135,10 @@ def float8_cases() -> Iterator[tuple[str, float]]:
         grad = torch.randn(3, n)
         dx = float8.float8_linear_backward(grad, packed.codes, packed.scale, *block)
         yield f"backward {name}", error(dx, grad.double() @ exact, torch.float32)
+        grad = torch.randn(5, n).half()
+        tile = tuning.BackwardConfig(16, 64, 16, split=2)
+        dx = float8.launch_backward(grad, packed.codes, packed.scale, *block, tile)
+        yield f"fused backward {name}", error(dx, grad.double() @ exact, torch.float16)
     every = torch.arange(256, dtype=torch.uint8).view(1, 256)
     dense = float8.dequantize_float8(every, torch.ones(1, 1), 1, 256, torch.float32)
     want = every.view(torch.float8_e4m3fn).float()

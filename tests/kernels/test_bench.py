@@ -76,12 +76,12 @@ def test_every_gradient_is_that_of_the_product() -> None:
 
 
 def test_gradient_routes_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`quantkit-fused` and `-sliced` call the op with another limit, which is put back."""
-    seen: list[int] = []
-    shipped = tuning.FUSED_BACKWARD_ROWS
+    """`quantkit-fused` and `-sliced` call the op with another rule, which is put back."""
+    seen: list[bool] = []
+    shipped = tuning.fused_backward
 
     def product(grad: torch.Tensor) -> torch.Tensor:
-        seen.append(tuning.FUSED_BACKWARD_ROWS)
+        seen.append(tuning.fused_backward("codebook", 100, 64, 64, 4))
         return grad
 
     monkeypatch.setattr(bench_backward, "_quantkit", lambda packed, dtype: product)
@@ -90,7 +90,7 @@ def test_gradient_routes_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
         made = bench_backward.CANDIDATES[name](packed, torch.float16)
         assert made is not None
         made(torch.ones(1, 64))
-    assert seen == [1 << 30, 0] and shipped == tuning.FUSED_BACKWARD_ROWS
+    assert seen == [True, False] and tuning.fused_backward is shipped
     assert bench_backward.CANDIDATES["quantkit-fused"](packed, torch.float32) is None, "no such kernel"
 
 

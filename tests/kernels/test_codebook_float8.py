@@ -100,16 +100,22 @@ TABLE, THRESHOLD = 32768, 49152
 def shipped(family: str) -> list[tuple[int, Any]]:
     from quantkit.kernels import codebook_tuning, float8_tuning
 
-    lines = {"codebook": codebook_tuning, "float8": float8_tuning}[family].CONFIGS
-    return list(dict.fromkeys((m, config) for m, *pair in lines for config in pair))
+    if family == "codebook":
+        return list(dict.fromkeys(line for _, lines in codebook_tuning.CONFIGS for line in lines))
+    return list(dict.fromkeys((m, config) for m, *pair in float8_tuning.CONFIGS for config in pair))
+
+
+def fits_beside_table(shared: int) -> bool:
+    """Does a tile's own share leave the block within 48 KB, or pass what makes Triton raise the limit?"""
+    return shared <= THRESHOLD - TABLE or THRESHOLD < shared <= LIMITS[90] - TABLE
 
 
 def test_table_kernel_compiles_and_fits() -> None:
-    """One shipped tile with PTX: the table's 32 KB come on top of what Triton counts."""
-    m, config = shipped("codebook")[0]
-    binary = gemm("codebook", 90, m, config, table=True)
-    assert THRESHOLD < binary.metadata.shared <= LIMITS[90] - TABLE
-    assert "quantkit_pairs[8192]" in binary.asm["ptx"]
+    """Two shipped tiles with PTX: the table's 32 KB come on top of what Triton counts."""
+    for m, config in shipped("codebook")[:2]:
+        binary = gemm("codebook", 90, m, config, table=True)
+        assert fits_beside_table(binary.metadata.shared), (m, config, binary.metadata.shared)
+        assert "quantkit_pairs[8192]" in binary.asm["ptx"]
 
 
 @pytest.mark.parametrize(("family", "chip"), [("codebook", 89), ("float8", 89), ("float8", "gfx942")])
@@ -133,4 +139,4 @@ def test_every_tile_compiles_and_fits(family: str, chip: int | str) -> None:
         table = large and family == "codebook"
         shared = gemm(family, chip, m, config, table).metadata.shared
         assert shared <= LIMITS[chip] - (TABLE if table else 0), (m, config, shared)
-        assert not table or shared > THRESHOLD, (m, config, shared)
+        assert not table or fits_beside_table(shared), (m, config, shared)

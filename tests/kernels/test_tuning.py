@@ -19,7 +19,8 @@ def test_tiles_divide_groups(n: int, k: int, bits: int, group: int) -> None:
         asked = tuning.gemm_config(m, n, k, bits)
         config, row_scales = tuning.fit_inputs(asked, k, group, parts)
         assert config.inputs % (16 * parts) == 0, "a dot needs 16 bytes of codes"
-        assert row_scales == (group == 0 or group % config.inputs == 0)
+        blocks = (2 * group, 4 * group) if config.slices > 1 and group >= 16 * parts else ()
+        assert row_scales == (group == 0 or group % config.inputs == 0 or config.inputs in blocks)
         assert (config.slices > 1) == (asked.slices > 1), "the number of slices names the kernel"
         for size in (config.rows, config.columns, config.inputs, config.slices, config.warps):
             assert size & (size - 1) == 0, "Triton's tiles are powers of two"
@@ -29,7 +30,9 @@ def test_a_row_is_one_tile_where_groups_allow() -> None:
     config, row_scales = tuning.fit_inputs(tuning.GemmConfig(32, 8, 128, 4), 4096, 128, 2)
     assert (config.inputs, config.slices, row_scales) == (128, 4, True)
     config, row_scales = tuning.fit_inputs(tuning.GemmConfig(32, 8, 128, 4), 4096, 64, 2)
-    assert (config.inputs, row_scales) == (64, True)
+    assert (config.inputs, row_scales) == (128, True), "a tile may span two groups"
+    config, row_scales = tuning.fit_inputs(tuning.GemmConfig(32, 8, 128, 1), 4096, 64, 2)
+    assert (config.inputs, row_scales) == (64, True), "the kernel of one slice takes no groups apart"
     config, row_scales = tuning.fit_inputs(tuning.GemmConfig(32, 8, 128, 4), 4096, 24, 2)
     assert (config.inputs, row_scales) == (32, False)
 
