@@ -151,15 +151,6 @@ def _buffer(name: str, count: int) -> Tensor:
     return _buffers[name, count]
 
 
-def _after_fork() -> None:
-    global _buffers_taken
-    _buffers_taken = threading.Lock()  # another thread of the parent may have held it
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-
-
 def _pieces(node: Node) -> tuple[list[int], int]:
     """First output row of each piece, and how many threads share them (at least 2**18 weights each).
 
@@ -359,3 +350,13 @@ def _evict(storage: int) -> None:
     with _lock:
         for key in _watched.pop(storage, ()):
             _entries.pop(key, None)
+
+
+def _after_fork() -> None:
+    """Sessions have no threads of their own and live on; locks that the parent's threads held do not."""
+    global _buffers_taken, _lock
+    _buffers_taken, _lock = threading.Lock(), threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
