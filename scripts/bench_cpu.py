@@ -53,7 +53,12 @@ def own_session(packed: PackedWeight, level: int, spin: bool) -> Any:
         "zeros": cpu_weights.pack(zeros, enc.bits),
     }
     attributes = {"block_size": block, "accuracy_level": level, "bits": enc.bits}
-    node = cpu_sessions.Node("MatMulNBits", n, k, attributes, weights)
+    return _session(cpu_sessions.Node("MatMulNBits", n, k, attributes, weights), spin)
+
+
+def _session(node: cpu_sessions.Node, spin: bool) -> Any:
+    """The session, and what it reads."""
+    weights = node.initializers
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     if not spin:
@@ -67,8 +72,15 @@ def own_session(packed: PackedWeight, level: int, spin: bool) -> Any:
     return session, (weights, values)
 
 
+def own_codebook_session(packed: PackedWeight) -> Any:
+    """MatMulBnb4 on bitsandbytes' bytes, read in place."""
+    weights = {"b": packed.codes, "absmax": packed.scale}
+    node = cpu_sessions.Node("MatMulBnb4", *packed.shape, {"block_size": 64, "quant_type": 1}, weights)
+    return _session(node, False)
+
+
 def run_call(packed: PackedWeight, level: int, x: Tensor, spin: bool) -> Call:
-    session, kept = own_session(packed, level, spin)
+    session, kept = own_session(packed, level, spin) if level >= 0 else own_codebook_session(packed)
 
     def call(session: Any = session, kept: Any = kept) -> Tensor:
         return torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
@@ -153,6 +165,24 @@ def measure(bits: int, n: int, k: int, rows: list[int], mode: str, seconds: floa
         del quiet, spinning
 
 
+@torch.no_grad()
+def measure_codebook(n: int, k: int, rows: list[int], seconds: float) -> None:
+    """NF4: quantkit, onnxruntime's MatMulBnb4 (`run`) and dense."""
+    copies = [random_weight("nf4", n, k, torch.device("cpu")) for _ in range(-(-COLD_BYTES // (n * k // 2)))]
+    dense = [dequantize(w) for w in copies[:2]]
+    for m in rows:
+        x = torch.randn(m, k)
+        candidates = {
+            "quantkit": in_turn([lambda f=f, x=x: f(x) for f in map(run_op, copies)]),
+            "run": in_turn([run_call(w, -1, x, False) for w in copies]),
+            "dense": in_turn([lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in dense]),
+        }
+        found = medians(candidates, seconds)
+        cells = [f"{n}x{k}", f"{m}", *(f"{found[name]:.0f}" for name in candidates)]
+        cells += [f"{found['quantkit'] / found[name]:.2f}" for name in ("run", "dense")]
+        print("| " + " | ".join(cells) + " |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -162,10 +192,18 @@ def main() -> None:
     parser.add_argument("--rows", default="1,8,64")
     parser.add_argument("--mode", default="int8,exact")
     parser.add_argument("--seconds", type=float, default=4.0)
+    parser.add_argument("--nf4", action="store_true", help="NF4 beside MatMulBnb4 instead")
     given = parser.parse_args()
     print(
         f"torch {torch.__version__}, onnxruntime {onnxruntime.__version__}, {torch.get_num_threads()} threads"
     )
+    if given.nf4:
+        print("| N x K | M | quantkit | MatMulBnb4 | dense | / MatMulBnb4 | / dense |")
+        print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
+        for shape in given.shape or ["4096x4096"]:
+            n, k = map(int, shape.split("x"))
+            measure_codebook(n, k, [int(m) for m in given.rows.split(",")], given.seconds)
+        return
     header = ["bits", "N x K", "M", "mode", "quantkit", "run", "bound", "default", "dense"]
     print("| " + " | ".join([*header, "/ run", "/ bound", "/ default", "dense /"]) + " |")
     print("|" + " --- |" * 4 + " ---: |" * 9)

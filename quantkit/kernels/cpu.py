@@ -4,7 +4,8 @@
     affine, exact                   MatMulNBits, 4 bits, float32 arithmetic             int4 op (4 bits)
     affine, int8_block              MatMulNBits, 2/4/8 bits, accuracy_level 4           reference
     affine, int8_token (BitNet)     MatMulNBits on integers: exact, then both scales    reference
-    codebook (NF4, FP4)             MatMulBnb4                                          reference
+    codebook (NF4, FP4), exact      `cpu_codebook`: decoded in the cache                the same
+    float8                          reference                                           reference
 
 *Exact* means that activations are not rounded: every product and sum is float32, and the weight is not
 rounded to the dtype of `x` either (the reference does round it). onnxruntime's float32 kernels exist for
@@ -32,8 +33,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from quantkit.kernels import cpu_sessions, cpu_torch, cpu_weights, reference
-from quantkit.kernels.cpu_sessions import Node, Session
+from quantkit.kernels import cpu_codebook, cpu_sessions, cpu_torch, cpu_weights, reference
+from quantkit.kernels.cpu_sessions import Session
 from quantkit.kernels.cpu_weights import FLOAT32, INT8
 
 log = logging.getLogger(__name__)
@@ -122,28 +123,34 @@ def codebook_linear(
     """See `quantkit.kernels.reference.codebook_linear`; NotImplemented where only that will do."""
     if x.dtype == torch.float64 or x.numel() == 0 or out_features == 0:
         return NotImplemented
-    if not cpu_sessions.available():
-        _say_once()
-        return NotImplemented
-    if block_size < 16 or block_size & (block_size - 1):
-        return NotImplemented
-    k = x.shape[-1]
-
-    def build() -> Session | None:
-        known = [kind for kind in (0, 1) if torch.equal(lut.detach().float(), _bnb4_table(kind))]
-        if not known:  # a table of someone's own
-            return None
-        attributes = {"block_size": block_size, "quant_type": known[0]}
-        weights = {"b": codes.detach().contiguous(), "absmax": scale.detach().float().contiguous()}
-        return Node("MatMulBnb4", out_features, k, attributes, weights).session((codes, scale))
-
-    session = cpu_sessions.prepared(("bnb4", out_features, k, block_size), (codes, scale, lut), build)
-    if session is None:
-        return NotImplemented
-    out = session(x.reshape(-1, k))
+    out = cpu_codebook.linear(x.reshape(-1, x.shape[-1]), codes, scale, lut, out_features, block_size)
     if bias is not None:
         out += bias
     return out.to(x.dtype).view(*x.shape[:-1], out_features)
+
+
+def codebook_linear_backward(
+    grad: Tensor, codes: Tensor, scale: Tensor, lut: Tensor, in_features: int, block_size: int
+) -> Tensor:
+    """See `quantkit.kernels.reference.codebook_linear_backward`."""
+    if grad.dtype == torch.float64 or grad.numel() == 0 or in_features == 0:
+        return NotImplemented
+    return grad @ dequantize_codebook(codes, scale, lut, grad.shape[-1], in_features, block_size, grad.dtype)
+
+
+def dequantize_codebook(
+    codes: Tensor,
+    scale: Tensor,
+    lut: Tensor,
+    out_features: int,
+    in_features: int,
+    block_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Dense weight `[N, K]` in `dtype`; equal to the reference bit for bit."""
+    if dtype == torch.float64 or out_features * in_features == 0:
+        return NotImplemented
+    return cpu_codebook.dense(codes, scale, lut, out_features, in_features, block_size).to(dtype)
 
 
 def ort_block(group_size: int, in_features: int) -> int | None:
@@ -170,15 +177,6 @@ def _prepare(kind: Kind, tensors: tuple[Tensor, Tensor, Tensor], block: int) -> 
 
     prepared: Prepared = cpu_sessions.prepared(kind, tensors, build)
     return prepared
-
-
-@cache
-def _bnb4_table(quant_type: int) -> Tensor:
-    """onnxruntime's own table, read off by multiplying the sixteen codes with an identity matrix."""
-    codes = torch.arange(0, 16, 2, dtype=torch.uint8) * 17 + 1  # 0x01, 0x23, ..., 0xEF
-    weights = {"b": codes, "absmax": torch.ones(1)}
-    node = Node("MatMulBnb4", 1, 16, {"block_size": 16, "quant_type": quant_type}, weights)
-    return node.session()(torch.eye(16)).flatten()
 
 
 @cache

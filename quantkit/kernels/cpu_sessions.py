@@ -3,12 +3,10 @@
 A session holds one node of the contrib domain `com.microsoft` (onnxruntime's ContribOperators.md):
 
     MatMulNBits   Y[M, N] = A[M, K] @ ((B - zero) * scale).T     B uint8 [N, K/block, block*bits/8]
-    MatMulBnb4    Y[M, N] = A[M, K] @ (table[B] * absmax).T      B uint8 [ceil(N*K/2)], bitsandbytes' bytes
 
 Weights reach it as external initializers over torch's memory, without a copy. `MatMulNBits` prepacks B into
 the order its instruction set wants: the one further copy of the codes, after which a B that had to be
-converted (widened codes) is freed. `MatMulBnb4` reads the layer's bytes in place. Inputs and outputs are
-bound by address.
+converted (widened codes) is freed. Inputs and outputs are bound by address.
 
 Threads: a layer is cut into pieces of its output rows, one single-threaded onnxruntime session each, and the
 pieces run on a few workers that all layers share (`cpu_workers`), so 300 layers do not start 600 threads.
@@ -77,7 +75,7 @@ class Session:
         self._parts = [_build(node, start, end) for start, end in zip(starts, ends)]
         self._bound: tuple[int, Tensor, Tensor, list[cpu_workers.Job]] | None = None
         converted = {n: t for n, t in weights.items() if t.untyped_storage()._cdata not in owned}
-        if "b" in converted and node.op == "MatMulNBits" and prepacks(**node.attributes):
+        if "b" in converted and prepacks(**node.attributes):
             del converted["b"]
         self.kept = converted  # what nobody else keeps alive and onnxruntime still reads
 
@@ -159,8 +157,6 @@ def _pieces(node: Node) -> tuple[list[int], int]:
     """
     n, k = node.out_features, node.in_features
     threads = max(1, min(torch.get_num_threads(), n // 64, n * k >> 18))
-    if node.op == "MatMulBnb4" and (64 * k) % (2 * node.attributes["block_size"]):
-        threads = 1  # blocks and bytes straddle the cuts
     if threads == 1:
         return [0], 1
     small = 0.24 / threads
@@ -178,20 +174,13 @@ def _build(node: Node, start: int, end: int) -> Any:
     runtime = _runtime()
     options = runtime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
-    # An arena would keep each session's largest scratch (a dense weight, for MatMulBnb4) for ever.
+    # An arena would keep each session's largest scratch for ever.
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False
     options.log_severity_level = 3  # errors only: its warnings are about graphs, and this is one node
     weights = {name: t.detach() for name, t in node.initializers.items()}
     if (start, end) != (0, node.out_features):
-        if node.op == "MatMulBnb4":  # flattened; the last block or byte of all may be short
-            per = {"b": (node.in_features, 2), "absmax": (node.in_features, node.attributes["block_size"])}
-            weights = {
-                name: t[start * per[name][0] // per[name][1] : -(-end * per[name][0] // per[name][1])]
-                for name, t in weights.items()
-            }
-        else:
-            weights = {name: t[start:end] for name, t in weights.items()}
+        weights = {name: t[start:end] for name, t in weights.items()}
     values = {name: _borrow(t) for name, t in weights.items()}
     # The first call gives the graph its values; the second makes the session read them in place.
     options.add_external_initializers(list(values), list(values.values()))
