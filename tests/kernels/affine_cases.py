@@ -218,6 +218,7 @@ LINEAR = [
     Case(4, 32, 2, 15, 63, config=SMALL),  # K tail inside a byte
     Case(4, 128, 9, 16, 1000, config=replace(SMALL, inputs=128, split=3)),
     Case(4, 24, 2, 16, 96, config=SMALL),  # groups that no tile divides: scales before the dot
+    Case(4, 16, 2, 17, 144, config=SMALL),  # the smallest group
     Case(4, 64, 2, 16, 128, float_zero=True, config=SMALL),
     Case(4, 128, 1, 16, 128, torch.float32, config=SMALL),
     Case(2, 64, 3, 17, 128, config=SMALL),

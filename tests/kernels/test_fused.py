@@ -92,6 +92,29 @@ def test_odd_gates_and_rounded_activations_are_refused() -> None:
         fused_linear(torch.randn(1, 48), ternary)
 
 
+@pytest.mark.parametrize("target", ["sm_80", "gfx942"])
+@pytest.mark.parametrize("rows", [1, 4, 16])
+def test_few_rows_take_one_launch(rows: int, target: str) -> None:
+    """Concatenated q, k and v, and a product with norm, gate, bias and residual around it: one kernel each."""
+    pytest.importorskip("triton")
+    from quantkit.kernels import affine, aot
+
+    k, n = 4096, 4096 + 1024 + 1024
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, bias = empty(rows, k), empty(n)
+    w = (empty(n, k // 2, dtype=torch.uint8), empty(n, k // 128), empty(n, k // 128, dtype=torch.uint8))
+    with aot.record(aot.parse_target(target)) as records:
+        assert affine.affine_linear(x, *w, bias, None, 4, 128, None).shape == (rows, n)
+    assert [r.name for r in records] == ["affine_gemm_kernel"]
+    residual = empty(rows, n // 2)
+    with aot.record(aot.parse_target(target)) as records:
+        out = affine.affine_fused_linear(x, *w, bias, None, residual, empty(k), 1e-5, True, 4, 128)
+    assert out.shape == (rows, n // 2) and [r.name for r in records] == ["affine_gemm_kernel"]
+
+
 @pytest.mark.parametrize("gated", [False, True])
 def test_opcheck(gated: bool) -> None:
     w = weight(22)
