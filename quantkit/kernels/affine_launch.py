@@ -96,9 +96,11 @@ def launch_gemm(
         x = x.contiguous()
     (m, k), n, groups = x.shape, weight.codes.shape[0], weight.scale.shape[1]
     group, parts = weight.group, weight.parts
-    config, row_scales = tuning.fit_inputs(config, k, group, parts)
     if device.target()[0] == "hip":
-        config = replace(config, columns=max(16, config.columns))  # AMD's matrix units take no 8 columns
+        # AMD's matrix units take no 8 columns, and Triton cannot lower a tile of several groups for all of them.
+        inputs = min(config.inputs, group or config.inputs)
+        config = replace(config, columns=max(16, config.columns), inputs=inputs)
+    config, row_scales = tuning.fit_inputs(config, k, group, parts)
     step = config.inputs * config.slices
     split = config.split if step * config.split <= k and fusion is None else 1
     dot = _DOT[x.dtype]
