@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
@@ -21,6 +20,7 @@ from quantkit.kernels.affine_dequantize import affine_dequantize_kernel
 from quantkit.kernels.affine_dequantize3 import affine_dequantize3_kernel
 from quantkit.kernels.affine_gemm import affine_gemm_kernel, sum_splits_kernel
 from quantkit.kernels.affine_gemm_wide import affine_gemm_wide_kernel, split_inputs_kernel
+from quantkit.kernels.launch import cdiv
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _DOT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -96,9 +96,11 @@ def launch_gemm(
         x = x.contiguous()
     (m, k), n, groups = x.shape, weight.codes.shape[0], weight.scale.shape[1]
     group, parts = weight.group, weight.parts
-    config, row_scales = tuning.fit_inputs(config, k, group, parts)
     if device.target()[0] == "hip":
-        config = replace(config, columns=max(16, config.columns))  # AMD's matrix units take no 8 columns
+        # AMD's matrix units take no 8 columns, and Triton cannot lower a tile of several groups for all of them.
+        one_group = min(config.inputs, group or config.inputs)
+        config = replace(config, columns=max(16, config.columns), inputs=one_group)
+    config, row_scales = tuning.fit_inputs(config, k, group, parts)
     step = config.inputs * config.slices
     split = config.split if step * config.split <= k and fusion is None else 1
     dot = _DOT[x.dtype]
@@ -107,9 +109,9 @@ def launch_gemm(
     fusion = fusion or Fusion()
     out = x.new_empty((m, n // 2 if fusion.gated else n))
     target = x.new_empty((split, m, n), dtype=torch.float32) if split > 1 else out
-    grid = (triton.cdiv(n, config.rows), split, triton.cdiv(m, config.columns))
+    grid = (cdiv(n, config.rows), split, cdiv(m, config.columns))
     if fusion.gated:
-        grid = (triton.cdiv(n // 2, config.rows // 2), *grid[1:])
+        grid = (cdiv(n // 2, config.rows // 2), *grid[1:])
     shape = (m, n, k, weight.codes.stride(0), weight.high_offset, groups)
     options: dict[str, Any] = {
         "BITS": weight.bits,
@@ -165,12 +167,12 @@ def launch_split_inputs(x: Tensor, perm: Tensor | None, parts: int, tile: int) -
     Part r holds x[:, perm][:, r::parts], padded with zeros to a multiple of `tile`.
     """
     m, k = x.shape
-    tiles = triton.cdiv(triton.cdiv(k, parts), tile)
+    tiles = cdiv(cdiv(k, parts), tile)
     width = tiles * tile
     out = x.new_empty((parts, m, width))
     sums = x.new_empty((tiles, m), dtype=torch.float32)
     together = max(1, 512 // tile)
-    split_inputs_kernel[(triton.cdiv(tiles, together), m)](
+    split_inputs_kernel[(cdiv(tiles, together), m)](
         x,
         perm if perm is not None else x,
         out,
@@ -191,7 +193,7 @@ def launch_split_inputs(x: Tensor, perm: Tensor | None, parts: int, tile: int) -
 def sum_splits(parts: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     """out `[M, N]` = the float32 `parts [S, M, N]` added in order, plus bias: the same bits on every run."""
     block = 256
-    sum_splits_kernel[(triton.cdiv(out.numel(), block),)](
+    sum_splits_kernel[(cdiv(out.numel(), block),)](
         parts,
         bias if bias is not None else out,
         out,
@@ -218,7 +220,7 @@ def launch_backward(
         columns //= 2
     row_scales = group == 0 or group % columns == 0
     out = grad.new_empty((m, k))
-    split = min(config.split, triton.cdiv(n, config.outputs))
+    split = min(config.split, cdiv(n, config.outputs))
     target = grad.new_empty((split, m, k), dtype=torch.float32) if split > 1 else out
     arguments = (
         grad,
@@ -250,7 +252,7 @@ def launch_backward(
         "DOT": _DOT[grad.dtype],
         "num_warps": config.warps,
     }
-    grid = (triton.cdiv(k, columns), split, triton.cdiv(m, config.rows))
+    grid = (cdiv(k, columns), split, cdiv(m, config.rows))
     launch(affine_backward_kernel, grid, arguments, options)
     if split > 1:
         sum_splits(target, None, out)
@@ -287,7 +289,7 @@ def launch_dequantize(
     while group and group % tile and tile > max(32, 16 * weight.parts):
         tile //= 2
     tall = 32 * 128 // tile
-    affine_dequantize_kernel[(triton.cdiv(columns[1], tile), triton.cdiv(rows[1], tall))](
+    affine_dequantize_kernel[(cdiv(columns[1], tile), cdiv(rows[1], tall))](
         weight.codes,
         weight.scale,
         weight.zero,

@@ -14,7 +14,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from quantkit.kernels import codebook_tuning, sliced, tuning
@@ -26,7 +25,7 @@ from quantkit.kernels.codebook_dequantize import (
 )
 from quantkit.kernels.codebook_gemm import codebook_gemm_kernel, codebook_gemm_wide_kernel
 from quantkit.kernels.codebook_tuning import Config
-from quantkit.kernels.launch import DOT_TYPES, device_of, has_ptx, large_shared_memory
+from quantkit.kernels.launch import DOT_TYPES, cdiv, device_of, has_ptx, large_shared_memory
 from quantkit.kernels.tuning import BackwardConfig
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -89,7 +88,7 @@ def launch_gemm(
     # Without the table, loads of codes and of table values would be staged through shared memory as well.
     stages = config.stages if asm else (2 if row_scales else 1)
     step = inputs * slices
-    split = min(config.split, triton.cdiv(k, step))
+    split = min(config.split, cdiv(k, step))
     out = x.new_empty((m, n))
     target = x.new_empty((split, m, n), dtype=torch.float32) if split > 1 else out
     sizes = (m, n, k, k // 2, x.stride(0), n)
@@ -111,7 +110,7 @@ def launch_gemm(
         "num_warps": config.warps,
         "num_stages": stages,
     }
-    grid = (triton.cdiv(n, config.rows), split, triton.cdiv(m, config.columns))
+    grid = (cdiv(n, config.rows), split, cdiv(m, config.columns))
     if slices > 1:
         codebook_gemm_kernel[grid](*arguments, **options, KS=slices, ONE_ROW=m == 1)
     else:
@@ -160,10 +159,10 @@ def launch_backward(
     columns = min(config.columns, block_size)
     while block_size % columns:
         columns //= 2
-    split = min(config.split, triton.cdiv(n, config.outputs))
+    split = min(config.split, cdiv(n, config.outputs))
     out = grad.new_empty((m, k))
     target = grad.new_empty((split, m, k), dtype=torch.float32) if split > 1 else out
-    grid = (k // columns, split, triton.cdiv(m, config.rows))
+    grid = (k // columns, split, cdiv(m, config.rows))
     codebook_backward_kernel[grid](
         grad,
         codes,
@@ -239,7 +238,7 @@ def launch_dequantize(
             num_warps=4,
         )
         return
-    codebook_dequantize_kernel[(triton.cdiv(columns, inputs), triton.cdiv(rows, tall))](
+    codebook_dequantize_kernel[(cdiv(columns, inputs), cdiv(rows, tall))](
         codes,
         scale,
         lut,

@@ -27,7 +27,7 @@ from quantkit.kernels.float8_dequantize import float8_dequantize_kernel
 from quantkit.kernels.float8_gemm import float8_gemm_kernel, float8_gemm_wide_kernel
 from quantkit.kernels.float8_native import float8_native_kernel
 from quantkit.kernels.float8_tuning import Config
-from quantkit.kernels.launch import DOT_TYPES, device_of, has_float8, has_ptx, large_shared_memory
+from quantkit.kernels.launch import DOT_TYPES, cdiv, device_of, has_float8, has_ptx, large_shared_memory
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _GROUPS = {"fp8_token": 0, "fp8_static": 0, "fp8_group128": 128}
@@ -123,10 +123,10 @@ def round_activation(
         assert input_scale is not None
         x_scale = input_scale.reshape(1, 1).float()
     else:
-        x_scale = x.new_empty((m, triton.cdiv(k, group) if group else 1), dtype=torch.float32)
+        x_scale = x.new_empty((m, cdiv(k, group) if group else 1), dtype=torch.float32)
     q = x.new_empty((m, k), dtype=dtype)
     block = 1024 if group else triton.next_power_of_2(k)
-    grid = (m, triton.cdiv(k, block))
+    grid = (m, cdiv(k, block))
     warps = 4 if group else min(16, max(1, block // 256))
     round_rows_kernel[grid](
         x,
@@ -170,7 +170,7 @@ def launch_gemm(
     while slices > 1 and inputs * slices // 2 >= k:
         slices //= 2
     step = inputs * slices
-    split = min(config.split, triton.cdiv(k, step))
+    split = min(config.split, cdiv(k, step))
     out = x.new_empty((m, n))
     target = x.new_empty((split, m, n), dtype=torch.float32) if split > 1 else out
     x_stride = 0 if x_scale is None or x_scale.shape[0] == 1 else x_scale.stride(0)
@@ -206,7 +206,7 @@ def launch_gemm(
         "num_warps": config.warps,
         "num_stages": config.stages,
     }
-    grid = (triton.cdiv(n, config.rows), split, triton.cdiv(m, config.columns))
+    grid = (cdiv(n, config.rows), split, cdiv(m, config.columns))
     if slices > 1:
         float8_gemm_kernel[grid](*arguments, **options, KS=slices, ONE_ROW=m == 1)
     else:
@@ -231,7 +231,7 @@ def launch_native(
     (m, k), n = q.shape, codes.shape[0]
     out = torch.empty((m, n), dtype=dtype, device=q.device)
     rows = 128 if m > 64 else 64
-    float8_native_kernel[(triton.cdiv(m, rows) * triton.cdiv(n, 128),)](
+    float8_native_kernel[(cdiv(m, rows) * cdiv(n, 128),)](
         q,
         codes.view(torch.float8_e4m3fn),
         x_scale,
@@ -296,10 +296,10 @@ def launch_backward(
     columns = config.columns
     while not whole and block_k % columns:
         columns //= 2
-    split = min(config.split, triton.cdiv(n, config.outputs))
+    split = min(config.split, cdiv(n, config.outputs))
     out = grad.new_empty((m, k))
     target = grad.new_empty((split, m, k), dtype=torch.float32) if split > 1 else out
-    grid = (triton.cdiv(k, columns), split, triton.cdiv(m, config.rows))
+    grid = (cdiv(k, columns), split, cdiv(m, config.rows))
     float8_backward_kernel[grid](
         grad,
         codes,
@@ -344,7 +344,7 @@ def launch_dequantize(
     """Dense values into `out [rows, columns]`, from (`row`, `column`) of W on."""
     rows, columns = out.shape
     inputs, tall = 128, 32
-    float8_dequantize_kernel[(triton.cdiv(columns, inputs), triton.cdiv(rows, tall))](
+    float8_dequantize_kernel[(cdiv(columns, inputs), cdiv(rows, tall))](
         codes,
         scale,
         out,

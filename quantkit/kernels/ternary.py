@@ -21,6 +21,7 @@ from torch import Tensor
 
 from quantkit.kernels import affine_launch
 from quantkit.kernels import launch as device
+from quantkit.kernels.launch import cdiv
 
 BITS = 2
 PARTS = 4
@@ -171,7 +172,7 @@ def int8_linear(x: Tensor, weight: affine_launch.AffineWeight, bias: Tensor | No
     if x.stride(-1) != 1:
         x = x.contiguous()
     (m, k), n = x.shape, weight.codes.shape[0]
-    width = triton.cdiv(k, PARTS * 16) * 16
+    width = cdiv(k, PARTS * 16) * 16
     parts = x.new_empty((PARTS, m, width), dtype=torch.int8)
     scale = x.new_empty((m,), dtype=torch.float32)
     sums = x.new_empty((m,), dtype=torch.int32)
@@ -223,6 +224,6 @@ def int8_linear(x: Tensor, weight: affine_launch.AffineWeight, bias: Tensor | No
         "num_warps": 4,
         "enable_fp_fusion": False,
     }
-    grid = (triton.cdiv(n, 32), triton.cdiv(m, columns))
+    grid = (cdiv(n, 32), cdiv(m, columns))
     affine_launch.launch(ternary_gemm_kernel, grid, arguments, options)
     return out

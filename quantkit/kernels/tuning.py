@@ -7,6 +7,7 @@ tables: what was measured where is in `MEASURED_ON`.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 from quantkit.kernels import tuned
 
@@ -126,6 +127,7 @@ def backward_config(kind: str, m: int, n: int, k: int) -> BackwardConfig:
     return BackwardConfig(128, 128, 64, split=4, warps=4 if kind == "affine" else 8)
 
 
+@cache
 def fit_inputs(config: GemmConfig, k: int, group: int, parts: int) -> tuple[GemmConfig, bool]:
     """The config with `inputs` cut to the group, and whether one scale serves a row of the tile.
 
