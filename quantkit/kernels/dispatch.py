@@ -10,7 +10,7 @@ arguments that it does not cover, and the reference answers then. Backends are i
                                                               int8 activations: quantkit.kernels.ternary)
     cuda, xpu      codebook    quantkit.kernels.codebook
     cuda, xpu      float8      quantkit.kernels.float8
-    cpu            any         quantkit.kernels.cpu         (onnxruntime or torch's own ops)
+    cpu            any         quantkit.kernels.cpu         (onnxruntime, numpy or torch's own ops)
 
 A kernel that Triton or the driver refuses to build or to launch on some chip (too much shared memory, say)
 is reported once, and the reference answers; QUANTKIT_KERNELS=strict raises instead.
