@@ -17,9 +17,11 @@ from quantkit.cli.evaluate import (
     Dtype,
     MaxKl,
     MaxPplRatio,
+    Print,
     ProtocolName,
     Tokens,
     Window,
+    output_style,
     show,
     speed_plan,
 )
@@ -66,6 +68,7 @@ def sweep_command(
     device: AnyDevice = None,
     dtype: Dtype = None,
     trust_remote_code: TrustRemoteCode = False,
+    printed: Print = "table",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -82,6 +85,7 @@ def sweep_command(
     from quantkit.progress import RichProgress
     from quantkit.sweep import sweep
 
+    style = output_style(printed, as_json)
     gates = Gates(max_ppl_ratio, max_kl)
     gates.check_request(source)
     converting: dict[str, Any] = {
@@ -122,8 +126,8 @@ def sweep_command(
         progress.finish()
     if result is None:  # another rank of torchrun prints
         return
-    show(result, report=None, overwrite=False, as_json=as_json)
-    if not as_json:
+    show(result, report=None, overwrite=False, style=style)
+    if style == "table":
         typer.echo(f"report: {(report or output / 'report') / 'report.html'}")
     gates.enforce(result)
 

@@ -235,7 +235,8 @@ for (const node of document.querySelectorAll('body *')) {
 return [document.documentElement.scrollWidth, document.documentElement.clientWidth, wide];
 """
 SCROLLING = """
-return [...document.querySelectorAll('.scroll')].filter(n => n.scrollWidth > n.clientWidth + 1).map(n => n.id + n.className);
+return [...document.querySelectorAll('.scroll')]
+  .filter(n => n.scrollWidth > n.clientWidth + 1).map(n => n.id + n.className);
 """
 CLIPPED = """
 const cut = [];
