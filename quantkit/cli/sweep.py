@@ -148,7 +148,10 @@ def allocate_command(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any option of the format.")
     ] = None,
-    group_size: Annotated[int | None, typer.Option(help="Weights that share a scale.")] = None,
+    group_sizes: Annotated[
+        str | None,
+        typer.Option(metavar="N,...", help="Group sizes to choose from (default 32, 128, the format's own)."),
+    ] = None,
     calibration: Calibration = None,
     samples: Samples = None,
     seqlen: Seqlen = None,
@@ -166,7 +169,7 @@ def allocate_command(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Choose bits per layer for a size, from measured sensitivity, and write them as overrides.
+    """Choose bits and group size per layer for a size, from measured sensitivity, and write them as overrides.
 
     [bold]Example[/bold]
 
@@ -181,10 +184,9 @@ def allocate_command(
     from quantkit.options import collect_options, parse_assignments
     from quantkit.progress import RichProgress
 
-    options = collect_options(
-        get_format(format), group_size=group_size, settings=parse_assignments(settings or [], "--set")
-    )
+    options = collect_options(get_format(format), settings=parse_assignments(settings or [], "--set"))
     asked: dict[str, Any] = {
+        "group_sizes": None if group_sizes is None else numbers(group_sizes, "--group-sizes"),
         "calibration": calibration,
         "samples": samples,
         "seqlen": seqlen,

@@ -28,7 +28,7 @@ def test_csv_holds_the_figures_in_full() -> None:
 
 
 def test_csv_of_hostile_names_is_one_line_each() -> None:
-    bad = made.row("=HYPERLINK(1),\"x\"\n'y", made.HOSTILE, 0.02)
+    bad = made.row('=HYPERLINK(1),"x"\n\'y', made.HOSTILE, 0.02)
     bad.tasks[0].task = "@sum\r\n,"
     text = to_csv(made.result(bad))
     assert len(text.splitlines()) == 3
