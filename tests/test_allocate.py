@@ -14,9 +14,10 @@ import pytest
 
 import quantkit
 from quantkit import knapsack as knapsack_module
-from quantkit.allocate import Allocation, allocate
+from quantkit.allocate import Allocation, _offered, allocate
 from quantkit.cli.app import run
 from quantkit.errors import DestinationError, UsageError
+from quantkit.formats import get_format
 from quantkit.inspect import inspect
 from quantkit.knapsack import knapsack
 from quantkit.load import load
@@ -127,9 +128,8 @@ def test_group_sizes_are_chosen_too(tiny: Callable[..., Path], tmp_path: Path) -
     """Between the sizes of two widths, smaller groups are what the bits go to."""
     source = tiny("llama", hidden_size=128, intermediate_size=256)
     found = allocate(
-        source, 5.2, tmp_path / "o.txt", format="hqq", choices=(4, 8), group_sizes=(32, 128), tokens=256
+        source, 5.2, tmp_path / "o.txt", format="hqq", choices=(4,), group_sizes=(32, 128), tokens=256
     )
-    assert list(found.uniform_kl) == ["4:g32", "4:g128", "8:g128"]  # 8 bits need no small groups
     assert {g.group_size for g in found.groups} == {32, 128} and found.bits_per_weight <= 5.2
     assert any("group_size=" in text for text in found.overrides)
     overrides = [parse_override(text) for text in read_overrides([f"@{tmp_path / 'o.txt'}"])]
@@ -139,6 +139,17 @@ def test_group_sizes_are_chosen_too(tiny: Callable[..., Path], tmp_path: Path) -
     for group in found.groups:
         held = {model.get_submodule(name).encoding for name in group.layers}
         assert {(e.bits, e.group_size) for e in held} == {(group.bits, group.group_size)}
+
+
+def test_what_is_offered() -> None:
+    def offered(name: str, options: dict[str, Any], *asked: Any) -> list[str]:
+        return [str(choice) for choice in _offered(get_format(name), options, *asked)]
+
+    own = offered("hqq", {}, (4, 8), None)
+    assert own == ["4:g32", "4:g64", "4:g128", "8:g128"]  # 8 bits need no small groups
+    assert offered("gptq", {}, (3,), None) == ["3:g32", "3:g128"]
+    assert offered("gptq", {"group_size": 64}, (3, 4), None) == ["3:g64", "4:g64"]
+    assert offered("gptq", {}, (2, 8), (-1, 64)) == ["2:g-1", "2:g64", "8:g-1"]
 
 
 def test_experts_stay_together(tiny: Callable[..., Path]) -> None:
