@@ -198,7 +198,8 @@ def _offered(
         return [Choice(bits) for bits in sorted(set(widths))]
     if group_sizes is not None and not group_sizes:
         raise UsageError("there are no group sizes to choose from", hint="Example: --group-sizes 32,128.")
-    default = own if own is not None else build_config(fmt, options).group_size
+    usual: Any = build_config(fmt, options)
+    default = usual.group_size if own is None else own
     sizes = set(group_sizes or ((default,) if own is not None else (*_GROUP_SIZES, default)))
     largest = -1 if -1 in sizes else max(sizes)  # -1: the whole row
     return sorted(Choice(b, g) for b in set(widths) for g in sizes if b < 8 or g == largest)
