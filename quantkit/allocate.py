@@ -1,13 +1,13 @@
-"""`quantkit.allocate`: bits per layer for a given size, from measured sensitivity.
+"""`quantkit.allocate`: bits (and group size) per layer for a given size, from measured sensitivity.
 
-1. The model is converted once for every width, uniformly: these are the weights that the format's own
-   algorithm would write.
-2. Layers that engines fuse (q, k, v; gate, up; the experts of a layer) form one group. For every group and width
+1. The model is converted once for every choice of width and group size, uniformly: these are the weights
+   that the format's own algorithm would write.
+2. Layers that engines fuse (q, k, v; gate, up; the experts of a layer) form one group. For every group and choice
    the unquantized model gets that group's quantized weights alone, and the KL divergence of its
    predictions is measured on text that is not evaluation data: the group's sensitivity.
-3. KL of small independent perturbations adds up, so a dynamic program over groups finds the widths
+3. KL of small independent perturbations adds up, so a dynamic program over groups finds the choices
    with the least summed KL within the size. (Multiple-choice knapsack; Pareto front of (size, KL) per prefix.)
-4. The mixture and every uniform width that is no larger are then measured whole; the mixture is taken where its
+4. The mixture and every uniform choice that is no larger are then measured whole; the mixture is taken where its
    KL is lower by 10 percent, so the result is no worse than uniform bits on this text. (ADR 0043)
 """
 
@@ -32,21 +32,23 @@ from quantkit.knapsack import knapsack
 from quantkit.options import build_config
 from quantkit.progress import NullProgress, Progress
 from quantkit.report_types import Report
-from quantkit.sensitivity import Sensitivity
+from quantkit.sensitivity import Choice, Sensitivity
 
 _TOKENS = 8192
+_GROUP_SIZES = (32, 128)  # offered besides the format's own: they fill the gaps between widths
 _MARGIN = 0.1  # by which a mixture must beat uniform bits: a smaller gain may not carry over to another text
 
 
 @dataclass
 class GroupChoice(Report):
-    """A group of layers that have one width."""
+    """A group of layers that are quantized alike."""
 
     pattern: str  # for --override
     layers: list[str]
     bits: int
+    group_size: int | None
     weights: int
-    sensitivity: dict[str, float] = field(default_factory=dict)  # width -> KL when only this group has it
+    sensitivity: dict[str, float] = field(default_factory=dict)  # "4:g128" -> KL when only this group has it
 
 
 @dataclass
@@ -55,15 +57,15 @@ class Allocation(Report):
 
     source: str
     format: str
-    options: dict[str, Any]  # with the default width
+    options: dict[str, Any]  # with the commonest width and group size
     target_bits: float
     bits_per_weight: float  # of the quantized layers, scales included
     kl_predicted: float  # sum of the groups' sensitivities, nats
     kl_measured: float  # of the mixture, on the same text
-    uniform_kl: dict[str, float]  # width -> measured KL of the model with that width everywhere
-    uniform_bits: dict[str, float]  # width -> bits per weight
+    uniform_kl: dict[str, float]  # "4:g128" -> measured KL of the model with that everywhere
+    uniform_bits: dict[str, float]  # the same -> bits per weight
     groups: list[GroupChoice] = field(default_factory=list)
-    overrides: list[str] = field(default_factory=list)  # PATTERN:bits=N
+    overrides: list[str] = field(default_factory=list)  # PATTERN:bits=N,group_size=N
     file: str | None = None
 
     @property
@@ -82,14 +84,14 @@ class Allocation(Report):
 
     def to_text(self) -> str:
         """A few lines for a terminal."""
-        counts = Counter(group.bits for group in self.groups)
-        spread = ", ".join(f"{counts[bits]} groups at {bits} bits" for bits in sorted(counts))
+        counts = Counter(Choice(group.bits, group.group_size) for group in self.groups)
+        spread = ", ".join(f"{counts[choice]} groups at {choice}" for choice in sorted(counts))
         lines = [f"{self.bits_per_weight:.3f} bits per weight (asked for {self.target_bits:g}): {spread}"]
         lines.append(
             f"KL on the sensitivity text: {self.kl_measured:.5f} (predicted {self.kl_predicted:.5f})"
         )
-        for bits, kl in self.uniform_kl.items():
-            lines.append(f"  uniform {bits} bits ({self.uniform_bits[bits]:.3f} per weight): {kl:.5f}")
+        for name, kl in self.uniform_kl.items():
+            lines.append(f"  uniform {name} ({self.uniform_bits[name]:.3f} bits per weight): {kl:.5f}")
         lines.append(self.command)
         return "\n".join(lines)
 
@@ -101,6 +103,7 @@ def allocate(
     *,
     format: str = "gptq",
     choices: Sequence[int] = (2, 3, 4, 8),
+    group_sizes: Sequence[int] | None = None,
     options: Mapping[str, Any] | None = None,
     calibration: Any = "builtin",
     samples: int = 128,
@@ -113,12 +116,13 @@ def allocate(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Allocation:
-    """Choose a width for every group of layers of `source` so that the quantized layers take at most
+    """Choose width and group size for every group of layers of `source` so that the quantized layers take at most
     `target_bits` per weight, scales included; write the overrides to the file `output`.
 
     Parameters
     ----------
     format, choices, options: a format with several widths, the widths, and its other options.
+    group_sizes: None offers 32, 128 and the format's own, or only what `options` say; 8 bits come with the largest.
     calibration, samples, seqlen: of the conversions. data, tokens: text that sensitivity is measured on; None
         spreads windows over the built-in calibration text, of which evaluation uses nothing.
     workdir: where conversions and measurements are kept, so that another target costs seconds.
@@ -126,11 +130,11 @@ def allocate(
     UsageError when the format has one width, no mixture is as small as asked, or `output` is not writable.
     """
     fmt = get_format(format)
-    settings = _check(fmt, dict(options or {}), choices, target_bits)
+    settings, offered = _check(fmt, dict(options or {}), choices, group_sizes, target_bits)
     path = _check_output(output, overwrite)
     progress = progress or NullProgress()
     with _work(workdir) as folder:
-        bench = Sensitivity(os.fspath(source), fmt, settings, sorted(set(choices)), folder, progress)
+        bench = Sensitivity(os.fspath(source), fmt, settings, offered, folder, progress)
         bench.device, bench.trust_remote_code = device, trust_remote_code
         bench.convert_all(calibration=calibration, samples=samples, seqlen=seqlen)
         bench.measure(data, tokens)
@@ -141,27 +145,36 @@ def allocate(
             least = 8 * sum(min(g.sizes.values()) for g in groups) / sum(g.weights for g in groups)
             raise UsageError(
                 f"{target_bits:g} bits per weight are too few: these choices need {least:.3f}",
-                hint="Ask for more, or offer smaller --bits or a larger --group-size.",
+                hint="Ask for more, or offer smaller --bits or larger --group-sizes.",
             )
         kl = bench.whole(chosen)
-        uniform = {b: bench.whole([b] * len(groups)) for b in bench.widths}
-        for bits, value in uniform.items():  # the sum of sensitivities is a model; the measurement decides
-            fits = sum(group.sizes[bits] for group in groups) <= budget
-            if fits and value * (1 - _MARGIN) < kl:
-                chosen, kl = [bits] * len(groups), value
+        uniform = {choice: bench.whole([choice] * len(groups)) for choice in bench.choices}
+        fitting = [c for c in bench.choices if sum(group.sizes[c] for group in groups) <= budget]
+        best = min(fitting, key=uniform.__getitem__, default=None)
+        if best is not None and uniform[best] * (1 - _MARGIN) < kl:
+            # the sum of sensitivities is a model; the measurement decides
+            chosen, kl = [best] * len(groups), uniform[best]
     return _result(bench, chosen, kl, uniform, target_bits, path)
 
 
 # -- input and output -----------------------------------------------------------------------------
 
 
-def _check(fmt: Format, options: dict[str, Any], choices: Sequence[int], target: float) -> dict[str, Any]:
+def _check(
+    fmt: Format,
+    options: dict[str, Any],
+    choices: Sequence[int],
+    group_sizes: Sequence[int] | None,
+    target: float,
+) -> tuple[dict[str, Any], list[Choice]]:
+    """(the format's other options, everything that a group may be quantized with)."""
     if "bits" not in fmt.Config.model_fields:
         raise UsageError(f"format {fmt.name} has one width", hint="Use gptq or hqq.")
     if not choices:
         raise UsageError("there are no widths to choose from", hint="Example: --bits 2,3,4,8.")
     options.pop("bits", None)
-    configs = [build_config(fmt, {**options, "bits": bits}) for bits in choices]
+    offered = _offered(fmt, options, choices, group_sizes)
+    configs = [build_config(fmt, {**options, **choice.options}) for choice in offered]
     for other in configs[1:]:
         problem = fmt.check_overrides(configs[0], other)
         if problem:
@@ -173,7 +186,23 @@ def _check(fmt: Format, options: dict[str, Any], choices: Sequence[int], target:
             f"{target:g} bits per weight are too few: the smallest width offered is {min(choices)}",
             hint="Ask for more, or offer smaller --bits.",
         )
-    return options
+    return options, offered
+
+
+def _offered(
+    fmt: Format, options: dict[str, Any], widths: Sequence[int], group_sizes: Sequence[int] | None
+) -> list[Choice]:
+    """Every width with every group size; widths from 8 bits on, where groups make no difference, with the largest."""
+    own = options.pop("group_size", None)
+    if "group_size" not in fmt.Config.model_fields:
+        return [Choice(bits) for bits in sorted(set(widths))]
+    if group_sizes is not None and not group_sizes:
+        raise UsageError("there are no group sizes to choose from", hint="Example: --group-sizes 32,128.")
+    usual: Any = build_config(fmt, options)
+    default = usual.group_size if own is None else own
+    sizes = set(group_sizes or ((default,) if own is not None else (*_GROUP_SIZES, default)))
+    largest = -1 if -1 in sizes else max(sizes)  # -1: the whole row
+    return sorted(Choice(b, g) for b in set(widths) for g in sizes if b < 8 or g == largest)
 
 
 def _check_output(output: str | os.PathLike[str] | None, overwrite: bool) -> Path | None:
@@ -202,34 +231,37 @@ def _work(workdir: str | os.PathLike[str] | None) -> Iterator[Path]:
 
 def _result(
     bench: Sensitivity,
-    chosen: list[int],
+    chosen: list[Choice],
     kl: float,
-    uniform: dict[int, float],
+    uniform: dict[Choice, float],
     target: float,
     path: Path | None,
 ) -> Allocation:
     groups, weights = bench.groups, sum(group.weights for group in bench.groups)
-    held: Counter[int] = Counter()
-    for group, bits in zip(groups, chosen, strict=True):
-        held[bits] += group.weights
+    held: Counter[Choice] = Counter()
+    for group, choice in zip(groups, chosen, strict=True):
+        held[choice] += group.weights
     default = held.most_common(1)[0][0]
     out = Allocation(
         source=bench.source,
         format=bench.fmt.name,
-        options={**bench.options, "bits": default},
+        options={**bench.options, **default.options},
         target_bits=target,
-        bits_per_weight=8 * sum(g.sizes[b] for g, b in zip(groups, chosen, strict=True)) / weights,
-        kl_predicted=sum(g.kl[b] for g, b in zip(groups, chosen, strict=True)),
+        bits_per_weight=8 * sum(g.sizes[c] for g, c in zip(groups, chosen, strict=True)) / weights,
+        kl_predicted=sum(g.kl[c] for g, c in zip(groups, chosen, strict=True)),
         kl_measured=kl,
-        uniform_kl={str(bits): value for bits, value in uniform.items()},
-        uniform_bits={str(b): 8 * sum(g.sizes[b] for g in groups) / weights for b in bench.widths},
+        uniform_kl={str(choice): value for choice, value in uniform.items()},
+        uniform_bits={str(c): 8 * sum(g.sizes[c] for g in groups) / weights for c in bench.choices},
         file=None if path is None else str(path),
     )
-    for group, bits in zip(groups, chosen, strict=True):
-        measured = {str(width): value for width, value in group.kl.items()}
-        out.groups.append(GroupChoice(group.pattern, group.names, bits, group.weights, measured))
-        if bits != default:
-            out.overrides.append(f"{group.pattern}:bits={bits}")
+    for group, choice in zip(groups, chosen, strict=True):
+        measured = {str(other): value for other, value in group.kl.items()}
+        held_by = (choice.bits, choice.group_size, group.weights)
+        out.groups.append(GroupChoice(group.pattern, group.names, *held_by, measured))
+        usual = default.options
+        changed = [f"{key}={value}" for key, value in choice.options.items() if value != usual[key]]
+        if changed:
+            out.overrides.append(f"{group.pattern}:{','.join(changed)}")
     if path is not None:
         try:
             path.write_text("".join(line + "\n" for line in out.overrides), encoding="utf-8")

@@ -28,16 +28,32 @@ _SENSITIVITY = "sensitivity.json"
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
+@dataclass(frozen=True, order=True)
+class Choice:
+    """What a group of layers may be quantized with."""
+
+    bits: int
+    group_size: int | None = None  # None: the format has none
+
+    @property
+    def options(self) -> dict[str, int]:
+        """As options of the format."""
+        return {"bits": self.bits} | ({} if self.group_size is None else {"group_size": self.group_size})
+
+    def __str__(self) -> str:
+        return f"{self.bits}" if self.group_size is None else f"{self.bits}:g{self.group_size}"
+
+
 @dataclass
 class Group:
-    """Layers that have one width, with what each width costs in bytes and in KL."""
+    """Layers that are quantized alike, with what each choice costs in bytes and in KL."""
 
     names: list[str]  # as the checkpoint spells them
     modules: list[str]
     pattern: str
     weights: int = 0
-    sizes: dict[int, int] = field(default_factory=dict)  # width -> bytes
-    kl: dict[int, float] = field(default_factory=dict)
+    sizes: dict[Choice, int] = field(default_factory=dict)  # bytes
+    kl: dict[Choice, float] = field(default_factory=dict)
 
 
 class Sensitivity:
@@ -48,27 +64,27 @@ class Sensitivity:
         source: str,
         fmt: Format,
         options: dict[str, Any],
-        widths: list[int],
+        choices: list[Choice],
         folder: Path,
         progress: Progress,
     ) -> None:
         self.source, self.fmt, self.options = source, fmt, options
-        self.widths, self.folder, self.progress = widths, folder, progress
+        self.choices, self.folder, self.progress = choices, folder, progress
         self.device, self.trust_remote_code = "auto", False
         self.groups: list[Group] = []
 
     def convert_all(self, **calibration: Any) -> None:
-        """One uniform conversion per width; those that are there are kept."""
+        """One uniform conversion per choice; those that are there are kept."""
         from quantkit.sweep import Setting, convert_once
 
-        for bits in self.widths:
-            setting = Setting(f"uniform-{bits}", self.fmt.name, {**self.options, "bits": bits})
-            out = self.folder / setting.name
+        for choice in self.choices:
+            out = self._uniform(choice)
+            setting = Setting(out.name, self.fmt.name, {**self.options, **choice.options})
             settings = {**calibration, "device": self.device, "trust_remote_code": self.trust_remote_code}
             convert_once(self.source, out, setting, settings, self.progress)
 
     def measure(self, data: str | None, tokens: int) -> None:
-        """Load the unquantized model and measure every group at every width."""
+        """Load the unquantized model and measure every group at every choice."""
         from quantkit.convert import pick_device
         from quantkit.eval import protocols
         from quantkit.eval.reference_cache import record_reference
@@ -92,36 +108,40 @@ class Sensitivity:
         for number, group in enumerate(self.groups):
             if group.pattern not in known:
                 dense = self._read(group.modules)
-                for bits in self.widths:
-                    self._put(group, bits)
-                    group.kl[bits] = self._kl()
+                for choice in self.choices:
+                    self._put(group, choice)
+                    group.kl[choice] = self._kl()
                 self._restore(dense)
-                known[group.pattern] = {str(bits): kl for bits, kl in group.kl.items()}
+                known[group.pattern] = {str(choice): kl for choice, kl in group.kl.items()}
                 self._keep(known)
-            group.kl = {bits: float(known[group.pattern][str(bits)]) for bits in self.widths}
-            said = ", ".join(f"{group.kl[bits]:.2g} at {bits}" for bits in self.widths)
-            self.progress.stage(f"[{number + 1}/{len(self.groups)}] {group.pattern}: KL {said} bits")
+            group.kl = {choice: float(known[group.pattern][str(choice)]) for choice in self.choices}
+            said = ", ".join(f"{group.kl[choice]:.2g} at {choice}" for choice in self.choices)
+            self.progress.stage(f"[{number + 1}/{len(self.groups)}] {group.pattern}: KL {said}")
+
+    def _uniform(self, choice: Choice) -> Path:
+        """Where the conversion with one choice everywhere lies."""
+        return self.folder / f"uniform-{choice}".replace(":", "-")
 
     def _key(self) -> str:
         """What the sensitivities depend on: the conversions, the text, the windows."""
         digest = hashlib.sha256(self.ids.numpy().tobytes() + repr(self.protocol).encode())
-        for bits in self.widths:
-            digest.update((self.folder / f".uniform-{bits}.sweep").read_bytes())
+        for choice in self.choices:
+            digest.update((self.folder / f".{self._uniform(choice).name}.sweep").read_bytes())
         return digest.hexdigest()
 
     def _known(self) -> dict[str, dict[str, float]]:
-        """Sensitivities measured before (pattern -> width -> KL); {} when anything has changed."""
+        """Sensitivities measured before (pattern -> choice -> KL); {} when anything has changed."""
         file = self.folder / _SENSITIVITY
         try:
             stored = read_json(file, self.folder.resolve()) if file.is_file() else {}
         except CheckpointError:
             return {}
         found = stored.get("kl") if isinstance(stored, dict) and stored.get("key") == self._key() else None
-        widths = {str(bits) for bits in self.widths}
+        choices = {str(choice) for choice in self.choices}
         return {
             pattern: values
             for pattern, values in (found if isinstance(found, dict) else {}).items()
-            if isinstance(values, dict) and widths <= values.keys() and all(map(_is_kl, values.values()))
+            if isinstance(values, dict) and choices <= values.keys() and all(map(_is_kl, values.values()))
         }
 
     def _keep(self, known: dict[str, dict[str, float]]) -> None:
@@ -129,12 +149,12 @@ class Sensitivity:
             content = json.dumps({"key": self._key(), "kl": known}, indent=1)
             write_durably(self.folder / _SENSITIVITY, content.encode())
 
-    def whole(self, chosen: Sequence[int]) -> float:
-        """Measured KL of the model with every group at its width."""
+    def whole(self, chosen: Sequence[Choice]) -> float:
+        """Measured KL of the model with every group at its choice."""
         before = [self._read(group.modules) for group in self.groups]
         try:
-            for group, bits in zip(self.groups, chosen, strict=True):
-                self._put(group, bits)
+            for group, choice in zip(self.groups, chosen, strict=True):
+                self._put(group, choice)
             return self._kl()
         finally:
             for dense in before:
@@ -147,7 +167,7 @@ class Sensitivity:
 
         self._layers: dict[int, Any] = {}
         names: dict[str, str] = {}
-        with CheckpointReader(self.folder / f"uniform-{self.widths[0]}") as reader:
+        with CheckpointReader(self._uniform(self.choices[0])) as reader:
             skeleton = Skeleton(reader.path, reader.config, trust_remote_code=self.trust_remote_code)
             found = find_quantized(reader)
             assert found is not None
@@ -160,27 +180,27 @@ class Sensitivity:
             group = Group(members, [names[name] for name in members], key)
             group.weights = sum(self._shapes[name][0] * self._shapes[name][1] for name in members)
             self.groups.append(group)
-        for bits in self.widths:
-            with CheckpointReader(self.folder / f"uniform-{bits}") as reader:
+        for choice in self.choices:
+            with CheckpointReader(self._uniform(choice)) as reader:
                 found = find_quantized(reader)
                 assert found is not None
                 for group in self.groups:
                     if not set(group.names) <= found.layers.keys():
                         raise UsageError(
-                            f"{group.names[0]} is not quantized at {bits} bits",
-                            hint=f"Leave {bits} out of --bits.",
+                            f"{group.names[0]} is not quantized at {choice.bits} bits",
+                            hint=f"Leave {choice.bits} out of --bits.",
                         )
-                    group.sizes[bits] = sum(
+                    group.sizes[choice] = sum(
                         reader.info(tensor).nbytes
                         for name in group.names
                         for tensor in found.layers[name].values()
                     )
 
-    def _put(self, group: Group, bits: int) -> None:
+    def _put(self, group: Group, choice: Choice) -> None:
         from quantkit.checkpoint import CheckpointReader
         from quantkit.load import find_quantized, read_layer
 
-        with CheckpointReader(self.folder / f"uniform-{bits}") as reader, torch.no_grad():
+        with CheckpointReader(self._uniform(choice)) as reader, torch.no_grad():
             found = find_quantized(reader)
             assert found is not None
             for name, module in zip(group.names, group.modules, strict=True):

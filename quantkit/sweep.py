@@ -206,10 +206,14 @@ def _run(jobs: list[_Job], count: int, rank: int | None, progress: Progress) -> 
             except QuantkitError as error:
                 failed[job.setting.name] = str(error)
         return failed
+    context = multiprocessing.get_context("spawn")
+    numbers = context.SimpleQueue()
+    for number in range(count):
+        numbers.put(number)
     with concurrent.futures.ProcessPoolExecutor(
-        count, mp_context=multiprocessing.get_context("spawn")
+        count, mp_context=context, initializer=_take_number, initargs=(numbers,)
     ) as pool:
-        running = {pool.submit(_one, job, i % count, count, None): job for i, job in enumerate(jobs)}
+        running = {pool.submit(_in_pool, job, count): job for job in jobs}
         for done in concurrent.futures.as_completed(running):
             name = running[done].setting.name
             try:
@@ -220,6 +224,19 @@ def _run(jobs: list[_Job], count: int, rank: int | None, progress: Progress) -> 
                 failed[name] = "its process died (out of memory?)"
             progress.stage(f"{name}: {'failed' if name in failed else 'done'}")
     return failed
+
+
+_worker = 0  # of this process among the pool's
+
+
+def _take_number(numbers: Any) -> None:
+    """A process keeps its number, and so its device: two settings never meet on one."""
+    global _worker
+    _worker = numbers.get()
+
+
+def _in_pool(job: _Job, workers: int) -> None:
+    _one(job, _worker, workers, None)
 
 
 def _one(job: _Job, worker: int, workers: int, progress: Progress | None) -> None:

@@ -14,9 +14,10 @@ import pytest
 
 import quantkit
 from quantkit import knapsack as knapsack_module
-from quantkit.allocate import Allocation, allocate
+from quantkit.allocate import Allocation, _offered, allocate
 from quantkit.cli.app import run
 from quantkit.errors import DestinationError, UsageError
+from quantkit.formats import get_format
 from quantkit.inspect import inspect
 from quantkit.knapsack import knapsack
 from quantkit.load import load
@@ -93,13 +94,14 @@ def test_allocate(tiny: Callable[..., Path], tmp_path: Path, capsys: Any) -> Non
     arguments = {"format": "hqq", "options": {"group_size": 32}, "tokens": 256, "workdir": work}
     found = allocate(source, 4.9, tmp_path / "o.txt", choices=(2, 3, 4), **arguments)
     assert isinstance(found, Allocation) and found.bits_per_weight <= 4.9
+    assert {g.group_size for g in found.groups} == {32}
     assert {g.bits for g in found.groups} <= {2, 3, 4} and len({g.bits for g in found.groups}) > 1
     fitting = [found.uniform_kl[b] for b, size in found.uniform_bits.items() if size <= 4.9]
     assert fitting and found.kl_measured <= min(fitting)
-    assert all(g.sensitivity["2"] > g.sensitivity["4"] > 0 for g in found.groups)
+    assert all(g.sensitivity["2:g32"] > g.sensitivity["4:g32"] > 0 for g in found.groups)
     assert read_overrides([f"@{tmp_path / 'o.txt'}"]) == found.overrides
     assert json.loads(json.dumps(found.to_json()))["overrides"] == found.overrides
-    assert "uniform 3 bits" in found.to_text()
+    assert "uniform 3:g32" in found.to_text()
 
     command = shlex.split(found.command)
     command[command.index("OUT")] = str(tmp_path / "q")
@@ -117,9 +119,37 @@ def test_allocate(tiny: Callable[..., Path], tmp_path: Path, capsys: Any) -> Non
     assert {p: p.stat().st_mtime_ns for p in work.glob("uniform-*/*.safetensors")} == times
     assert [g.sensitivity for g in again.groups] == [g.sensitivity for g in found.groups]
     assert {g.bits for g in again.groups} == {4} and again.overrides == []
-    assert again.kl_measured == again.uniform_kl["4"] < found.kl_measured
+    assert again.kl_measured == again.uniform_kl["4:g32"] < found.kl_measured
     with pytest.raises(UsageError, match=r"too few: these choices need [0-9.]+\. Ask for more"):
         allocate(source, 2.1, choices=(2, 3, 4), **arguments)
+
+
+def test_group_sizes_are_chosen_too(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """Between the sizes of two widths, smaller groups are what the bits go to."""
+    source = tiny("llama", hidden_size=128, intermediate_size=256)
+    found = allocate(
+        source, 5.2, tmp_path / "o.txt", format="hqq", choices=(4,), group_sizes=(32, 128), tokens=256
+    )
+    assert {g.group_size for g in found.groups} == {32, 128} and found.bits_per_weight <= 5.2
+    assert any("group_size=" in text for text in found.overrides)
+    overrides = [parse_override(text) for text in read_overrides([f"@{tmp_path / 'o.txt'}"])]
+    quantkit.convert(source, tmp_path / "q", format="hqq", options=found.options, overrides=overrides)
+    assert inspect(tmp_path / "q").bits_per_weight == pytest.approx(found.bits_per_weight, rel=1e-6)
+    model = load(tmp_path / "q")
+    for group in found.groups:
+        held = {model.get_submodule(name).encoding for name in group.layers}
+        assert {(e.bits, e.group_size) for e in held} == {(group.bits, group.group_size)}
+
+
+def test_what_is_offered() -> None:
+    def offered(name: str, options: dict[str, Any], *asked: Any) -> list[str]:
+        return [str(choice) for choice in _offered(get_format(name), options, *asked)]
+
+    own = offered("hqq", {}, (4, 8), None)
+    assert own == ["4:g32", "4:g64", "4:g128", "8:g128"]  # 8 bits need no small groups
+    assert offered("gptq", {}, (3,), None) == ["3:g32", "3:g128"]
+    assert offered("gptq", {"group_size": 64}, (3, 4), None) == ["3:g64", "4:g64"]
+    assert offered("gptq", {}, (2, 8), (-1, 64)) == ["2:g-1", "2:g64", "8:g-1"]
 
 
 def test_experts_stay_together(tiny: Callable[..., Path]) -> None:
@@ -141,6 +171,8 @@ def test_what_is_refused(tiny: Callable[..., Path], tmp_path: Path) -> None:
         ({"target_bits": 0}, "no target"),
         ({"target_bits": 1.9}, "too few: the smallest width offered is 2"),
         ({"options": {"group": 3}}, "no option 'group'"),
+        ({"group_sizes": ()}, "no group sizes"),
+        ({"group_sizes": (32, 33)}, "group_size"),
     ):
         with pytest.raises(UsageError, match=message):
             allocate(**{"source": source, "target_bits": 4, **arguments})  # type: ignore[arg-type]
@@ -153,7 +185,7 @@ def test_what_is_refused(tiny: Callable[..., Path], tmp_path: Path) -> None:
 
 
 def test_the_command(tiny: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
-    settings = ["--format", "hqq", "--group-size", "32", "--bits", "3,4", "--tokens", "200"]
+    settings = ["--format", "hqq", "--group-sizes", "32", "--bits", "3,4", "--tokens", "200"]
     out = tmp_path / "overrides.txt"
     assert (
         run(["allocate", str(tiny("llama")), "--target-bits", "6.0", "-o", str(out), *settings, "--json"])
@@ -186,18 +218,18 @@ def example_work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("bits", "gain"), [(3, 0.85), (4, 1.0)])
+@pytest.mark.parametrize(("bits", "gain"), [(3, 0.75), (4, 0.9)])
 def test_better_than_uniform_on_the_example(
     example_work: Path, tmp_path: Path, bits: int, gain: float
 ) -> None:
     """At the size of uniform widths the mixture's KL on held-out text (which allocation never saw) is lower:
-    by much at 3 bits, where groups of 2 and 4 bits pay for each other; not higher at 4."""
+    by much at 3 bits, where 2 and 4 bits pay for each other, and at 4, where small and large groups do."""
     quantkit.convert(EXAMPLE, tmp_path / "uniform", format="hqq", options={"bits": bits})
     size = inspect(tmp_path / "uniform").bits_per_weight
     assert size is not None
     settings = {"format": "hqq", "workdir": example_work, "tokens": 2048}
     found = allocate(EXAMPLE, size, tmp_path / "o.txt", **settings)
-    assert found.bits_per_weight <= size and found.kl_measured <= found.uniform_kl[str(bits)]
+    assert found.bits_per_weight <= size and found.kl_measured <= found.uniform_kl[f"{bits}:g64"]
     overrides = [parse_override(text) for text in found.overrides]
     quantkit.convert(EXAMPLE, tmp_path / "mix", format="hqq", options=found.options, overrides=overrides)
     rows = quantkit.evaluate(

@@ -35,6 +35,9 @@ ReportDir = Annotated[
     typer.Option("--report", metavar="DIR", help="Write report.html, report.md and report.json there."),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a report in DIR.")]
+Print = Annotated[
+    str, typer.Option("--print", help="What goes to the terminal: table, markdown, csv or json (= --json).")
+]
 MaxPplRatio = Annotated[
     float | None, typer.Option(help="Fail (exit code 1) if perplexity / reference's is larger.")
 ]
@@ -73,6 +76,7 @@ def eval_command(
     device: Device = "auto",
     dtype: Dtype = None,
     trust_remote_code: TrustRemoteCode = False,
+    printed: Print = "table",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -90,6 +94,7 @@ def eval_command(
     from quantkit.eval.gates import Gates
     from quantkit.progress import RichProgress
 
+    style = output_style(printed, as_json)
     gates = Gates(max_ppl_ratio, max_kl)
     gates.check_request(reference)
     if report is not None:
@@ -121,18 +126,38 @@ def eval_command(
             **{key: value for key, value in asked.items() if value is not None},
         )
     result.commands = [command_line(without=("--debug", "--json"))]
-    show(result, report=report, overwrite=overwrite, as_json=as_json)
+    show(result, report=report, overwrite=overwrite, style=style)
     gates.enforce(result)
 
 
-def show(result: Any, *, report: Path | None, overwrite: bool, as_json: bool) -> None:
-    """Write the report if one is asked for, and print the table or the JSON document."""
+def output_style(printed: str, as_json: bool) -> str:
+    """What --print and --json ask for; UsageError for anything else."""
+    from quantkit.errors import UsageError, did_you_mean
+
+    known = ["table", "markdown", "csv", "json"]
+    if printed not in known:
+        raise UsageError(f"--print {printed!r} is not known", hint=did_you_mean(printed, known))
+    return "json" if as_json else printed
+
+
+def show(result: Any, *, report: Path | None, overwrite: bool, style: str) -> None:
+    """Write the report if one is asked for, and print the result in one of the styles of --print."""
     if report is not None:
         from quantkit.eval.report import write_report
 
         write_report(result, report, overwrite=overwrite)
-    if as_json:
+    if style == "json":
         typer.echo(json.dumps(result.to_json(), indent=2, ensure_ascii=False))
+        return
+    if style == "csv":
+        from quantkit.eval.csv_rows import to_csv
+
+        typer.echo(to_csv(result), nl=False)
+        return
+    if style == "markdown":
+        from quantkit.eval.report.markdown import to_markdown
+
+        typer.echo(to_markdown(result, []), nl=False)
         return
     from quantkit.cli.render import console
     from quantkit.eval.table import print_table

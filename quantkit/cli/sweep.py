@@ -17,9 +17,11 @@ from quantkit.cli.evaluate import (
     Dtype,
     MaxKl,
     MaxPplRatio,
+    Print,
     ProtocolName,
     Tokens,
     Window,
+    output_style,
     show,
     speed_plan,
 )
@@ -66,6 +68,7 @@ def sweep_command(
     device: AnyDevice = None,
     dtype: Dtype = None,
     trust_remote_code: TrustRemoteCode = False,
+    printed: Print = "table",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -82,6 +85,7 @@ def sweep_command(
     from quantkit.progress import RichProgress
     from quantkit.sweep import sweep
 
+    style = output_style(printed, as_json)
     gates = Gates(max_ppl_ratio, max_kl)
     gates.check_request(source)
     converting: dict[str, Any] = {
@@ -122,8 +126,8 @@ def sweep_command(
         progress.finish()
     if result is None:  # another rank of torchrun prints
         return
-    show(result, report=None, overwrite=False, as_json=as_json)
-    if not as_json:
+    show(result, report=None, overwrite=False, style=style)
+    if style == "table":
         typer.echo(f"report: {(report or output / 'report') / 'report.html'}")
     gates.enforce(result)
 
@@ -144,7 +148,10 @@ def allocate_command(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any option of the format.")
     ] = None,
-    group_size: Annotated[int | None, typer.Option(help="Weights that share a scale.")] = None,
+    group_sizes: Annotated[
+        str | None,
+        typer.Option(metavar="N,...", help="Group sizes to choose from (default 32, 128, the format's own)."),
+    ] = None,
     calibration: Calibration = None,
     samples: Samples = None,
     seqlen: Seqlen = None,
@@ -162,7 +169,7 @@ def allocate_command(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Choose bits per layer for a size, from measured sensitivity, and write them as overrides.
+    """Choose bits and group size per layer for a size, from measured sensitivity, and write them as overrides.
 
     [bold]Example[/bold]
 
@@ -177,10 +184,9 @@ def allocate_command(
     from quantkit.options import collect_options, parse_assignments
     from quantkit.progress import RichProgress
 
-    options = collect_options(
-        get_format(format), group_size=group_size, settings=parse_assignments(settings or [], "--set")
-    )
+    options = collect_options(get_format(format), settings=parse_assignments(settings or [], "--set"))
     asked: dict[str, Any] = {
+        "group_sizes": None if group_sizes is None else numbers(group_sizes, "--group-sizes"),
         "calibration": calibration,
         "samples": samples,
         "seqlen": seqlen,

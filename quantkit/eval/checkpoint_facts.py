@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from quantkit.errors import CheckpointError
+from quantkit.errors import CheckpointError, UsageError
 from quantkit.eval.results import CheckScore, EvalRow, from_plain
 
 
@@ -38,6 +39,30 @@ def positions(path: str) -> int | None:
             if isinstance(value, int) and value > 1:
                 return value
     return None
+
+
+def _vocabulary(path: str) -> int | None:
+    """Rows of logits that config.json promises; None when it does not say."""
+    from quantkit.checkpoint import CheckpointReader
+    from quantkit.hub import resolve_model
+
+    with CheckpointReader(resolve_model(path)) as reader:
+        scopes = (reader.config, reader.config.get("text_config"))
+    found = (scope.get("vocab_size") for scope in scopes if isinstance(scope, dict))
+    return next((n for n in found if isinstance(n, int) and not isinstance(n, bool)), None)
+
+
+def same_vocabulary(paths: Sequence[str], against: str) -> None:
+    """UsageError when a configuration says that its predictions cannot be compared with the reference's; what
+    configurations do not say, the logits show later."""
+    wanted = _vocabulary(against)
+    for path in paths:
+        found = _vocabulary(path)
+        if found is not None and wanted is not None and found != wanted:
+            raise UsageError(
+                f"{path} has a vocabulary of {found}, {against} one of {wanted}, so their predictions do not compare",
+                hint="Leave the reference out, or name the model it was made from.",
+            )
 
 
 def new_row(path: str, facts: Any, seconds: float | None, is_reference: bool = False) -> EvalRow:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from quantkit.errors import CheckpointError, QuantkitError, UsageError
-from quantkit.eval.checkpoint_facts import fingerprint, new_row, positions, restore_checks
+from quantkit.eval.checkpoint_facts import fingerprint, new_row, positions, restore_checks, same_vocabulary
 from quantkit.eval.checks import run_checks
 from quantkit.eval.divergence import divergence, perplexity_of_cached
 from quantkit.eval.environment import checkpoint_hash, environment
@@ -37,7 +37,7 @@ from quantkit.eval.reference_cache import (
 from quantkit.eval.results import EvalResult, EvalRow
 from quantkit.eval.scoring import model_positions
 from quantkit.eval.speed import SpeedPlan, measure_speed
-from quantkit.eval.text import EvalText, load_text
+from quantkit.eval.text import EvalText, texts_of
 from quantkit.eval.watch import watch
 from quantkit.memory import release_freed
 from quantkit.progress import NullProgress, Progress
@@ -166,9 +166,14 @@ class _Run:
         from quantkit.inspect import inspect
 
         facts = {path: inspect(path) for path in dict.fromkeys([*paths, *([against] if against else [])])}
+        if against is not None:
+            same_vocabulary(paths, against)
         self.progress.stage("reading text")
         base = against or paths[0]
-        texts = self._texts(base, paths, compared=against is not None)
+        texts, remarks = texts_of(
+            self.data, self.tokens, base, paths, against is not None, self.trust_remote_code
+        )
+        self.warnings += remarks
         candidates = [path for path in paths if path != against]
         limits = [n for path in ([against] if against else paths[:1]) if (n := positions(path))]
         protocol, remark = resolve_protocol(
@@ -211,36 +216,6 @@ class _Run:
         return result
 
     # -- the text ---------------------------------------------------------------------------------
-
-    def _texts(self, base: str, paths: list[str], compared: bool) -> dict[str, EvalText]:
-        """The text as each checkpoint's own tokenizer reads it; one object where they agree."""
-        from quantkit.load import load_tokenizer
-
-        own = load_text(
-            self.data, load_tokenizer(base, trust_remote_code=self.trust_remote_code), self.tokens
-        )
-        texts = {base: own}
-        for path in paths:
-            if path in texts:
-                continue
-            texts[path] = own
-            try:
-                tokenizer = load_tokenizer(path, trust_remote_code=self.trust_remote_code)
-            except CheckpointError:
-                self.warnings.append(f"{path} has no tokenizer: using that of {base}")
-                continue
-            other = load_text(self.data, tokenizer, self.tokens)
-            if not torch.equal(other.ids, own.ids):
-                if compared:
-                    raise UsageError(
-                        f"{path} and {base} tokenize the text differently, so their predictions do not compare",
-                        hint="Leave the reference out, or name the model it was made from.",
-                    )
-                texts[path] = other
-                self.warnings.append(
-                    f"{path} tokenizes the text differently from {base}: their perplexities are not comparable"
-                )
-        return texts
 
     @staticmethod
     def _bos(text: EvalText, protocol: Protocol) -> int | None:

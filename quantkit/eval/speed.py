@@ -75,13 +75,12 @@ def measure_speed(model: Any, plan: SpeedPlan | None = None, *, load_seconds: fl
                 ids = runner.random_ids(batch, context)
                 times = runner.timed(lambda ids=ids: runner.prefill(ids), plan)  # type: ignore[misc]
                 result.points.append(_point("prefill", batch, context, times, batch * context))
-                if batch == 1 and context == max(contexts):
-                    first = runner.timed(lambda ids=ids: runner.first_token(ids), plan)  # type: ignore[misc]
-                    result.time_to_first_token = statistics.median(first)
                 steps = runner.decode(ids, plan)
                 point = _point("decode", batch, context, steps, batch)
                 point.bandwidth_share = read / point.seconds / bandwidth if bandwidth else None
                 result.points.append(point)
+        one = runner.random_ids(1, max(contexts))
+        result.time_to_first_token = statistics.median(runner.timed(lambda: runner.first_token(one), plan))
     result.peak_memory = memory.peak
     return result
 

@@ -47,6 +47,10 @@ def print_table(result: EvalResult, console: Console | None = None) -> None:
         made = part(result)
         if made is not None:
             out.print(made)
+    if compared:
+        from quantkit.eval.report.verdict import judge
+
+        out.print(judge(result).headline, markup=False, style="bold", soft_wrap=True)
     for line in _advice(result):
         out.print(line, markup=False, soft_wrap=True)
     for warning in result.warnings:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quantkit.calibration_data import check_size, json_rows
-from quantkit.errors import CalibrationError, UsageError, did_you_mean
+from quantkit.errors import CalibrationError, CheckpointError, UsageError, did_you_mean
 
 BUILTIN_TOKENS = 16384  # evaluated on the built-in text unless more are asked for
 _C4 = {"data_files": {"validation": "en/c4-validation.00000-of-00008.json.gz"}, "split": "validation"}
@@ -56,6 +56,43 @@ def load_text(source: str | Path, tokenizer: Any, tokens: int | None = None) -> 
         if enough:
             return _cut(found, text, tokens, tokenizer)
         budget = 2 * (budget or 0)
+
+
+def texts_of(
+    data: str | Path,
+    tokens: int | None,
+    base: str,
+    paths: Sequence[str],
+    compared: bool,
+    trust_remote_code: bool = False,
+) -> tuple[dict[str, EvalText], list[str]]:
+    """(the text as the own tokenizer of `base` and of each of `paths` reads it, one object where they agree;
+    warnings). UsageError where they do not and predictions are to be `compared`."""
+    from quantkit.load import load_tokenizer
+
+    own = load_text(data, load_tokenizer(base, trust_remote_code=trust_remote_code), tokens)
+    texts, warnings = {base: own}, []
+    for path in paths:
+        if path in texts:
+            continue
+        texts[path] = own
+        try:
+            tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+        except CheckpointError:
+            warnings.append(f"{path} has no tokenizer: using that of {base}")
+            continue
+        other = load_text(data, tokenizer, tokens)
+        if not torch.equal(other.ids, own.ids):
+            if compared:
+                raise UsageError(
+                    f"{path} and {base} tokenize the text differently, so their predictions do not compare",
+                    hint="Leave the reference out, or name the model it was made from.",
+                )
+            texts[path] = other
+            warnings.append(
+                f"{path} tokenizes the text differently from {base}: their perplexities are not comparable"
+            )
+    return texts, warnings
 
 
 def _cut(found: EvalText, text: str, tokens: int | None, tokenizer: Any) -> EvalText:

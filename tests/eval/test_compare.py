@@ -95,9 +95,9 @@ def test_other_tokenizers(pair: tuple[Path, list[Path]], tmp_path: Path) -> None
 
 
 def test_what_is_refused_before_a_model_is_loaded(
-    pair: tuple[Path, list[Path]], monkeypatch: pytest.MonkeyPatch
+    pair: tuple[Path, list[Path]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    source, _ = pair
+    source, made = pair
     loader = importlib.import_module("quantkit.load")
     monkeypatch.setattr(loader, "load", lambda *a, **k: pytest.fail("a model was loaded"))
     with pytest.raises(UsageError, match="unknown protocol"):
@@ -116,6 +116,12 @@ def test_what_is_refused_before_a_model_is_loaded(
         quantkit.evaluate(source, protocol="llama.cpp", tokens=100)
     with pytest.raises(UsageError, match="positions"):
         quantkit.evaluate(source, protocol=protocols.gptq(4096), tokens=5000)
+    other = tmp_path / "other"
+    shutil.copytree(made[0], other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "vocab_size": config["vocab_size"] + 64}))
+    with pytest.raises(UsageError, match=r"has a vocabulary of \d+, .* one of \d+"):
+        quantkit.evaluate([made[1], other], source)
 
 
 def test_a_tiny_text(pair: tuple[Path, list[Path]], tmp_path: Path) -> None:

@@ -234,6 +234,10 @@ for (const node of document.querySelectorAll('body *')) {
 }
 return [document.documentElement.scrollWidth, document.documentElement.clientWidth, wide];
 """
+SCROLLING = """
+return [...document.querySelectorAll('.scroll')]
+  .filter(n => n.scrollWidth > n.clientWidth + 1).map(n => n.id + n.className);
+"""
 CLIPPED = """
 const cut = [];
 for (const svg of document.querySelectorAll('figure svg')) {
@@ -281,6 +285,8 @@ def test_in_chromium(chromium: Browser, page: Path, width: int, dark: bool) -> N
     assert chromium.console() == []  # no error, no warning: the Content-Security-Policy was never met
     scrolled, client, wide = chromium.run(OVERFLOW)
     assert client == width and scrolled <= width and wide == []
+    if width < 640:
+        assert chromium.run(SCROLLING) == []  # a phone shows every figure without scrolling sideways
     drawn = chromium.run(DRAWN)
     assert [name for name, *_ in drawn] == [
         *("pareto", "kl", *(f"layers-{i}" for i in range(1, 7))),

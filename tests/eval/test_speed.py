@@ -89,6 +89,8 @@ def test_against_a_model_of_known_speed(clock: Clock) -> None:
     decoded = [step for step in model.seen if step[2] == 1]
     assert [past for rows, past, _ in decoded if rows == 4][:6] == [100, 101, 102, 103, 104, 105]
     assert len(decoded) == 2 * 6 * (3 + 1)
+    alone = measure_speed(Metronome(clock), SpeedPlan(batches=(4,), contexts=(50, 100), runs=1, warmup=0))
+    assert alone.time_to_first_token in (pytest.approx(0.004), pytest.approx(0.005))  # of one sequence of 100
     assert found.find("decode", 2, 100) is None
 
 

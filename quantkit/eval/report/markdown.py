@@ -19,7 +19,8 @@ def to_markdown(result: EvalResult, figures: Sequence[Figure], title: str | None
     out.append(
         "\n".join(f"- **{escape(n)}**{f' ({g})' if g else ''}: {escape(d)}" for n, g, d in found["details"])
     )
-    out.append(" · ".join(f"{key}: {escape(value)}" for key, value in found["facts"]))
+    facts = [*found["facts"], ("date", found["date"])]
+    out.append(" · ".join(f"{key}: {escape(value)}" for key, value in facts))
     out += [_table(found["summary"]), *_figures(figures, "quality")]
     if found["lm_eval"]:
         out.append(_table(found["lm_eval"]))

@@ -22,6 +22,7 @@ class Table:
     headings: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
     text: tuple[int, ...] = (0,)  # columns that are not numbers
+    code: tuple[int, ...] = ()  # columns of flags or hashes
 
 
 def summary(result: EvalResult) -> Table:
@@ -68,7 +69,7 @@ def _divergence(row: EvalRow) -> list[str]:
         f"{found.kl_median:.3g}",
         f"{found.kl_p99:.3g}",
         f"{found.kl_p999:.3g}",
-        _small(f"{with_error(100 * found.top1, 100 * found.top1_stderr)} %"),
+        _small(with_error(100 * found.top1, 100 * found.top1_stderr).replace(" ±", " % ±")),
         f"{100 * found.rms_dp:.2f} %",
     ]
 
@@ -93,11 +94,11 @@ def worst_layers(result: EvalResult, count: int = 3) -> Table | None:
             advice = show(layer.advice[0], 300) if layer.advice else ""
             rows.append((name, show(layer.name), f"{layer.relative:.4f}", f"{layer.cosine:.5f}", advice))
     headings = ("checkpoint", "layer", "output error", "cosine", "what would help")
-    return Table(headings, rows, (0, 1, 4)) if rows else None
+    return Table(headings, rows, (0, 1, 4), (4,)) if rows else None
 
 
 def checks(result: EvalResult) -> Table | None:
-    """Accuracy and gain of the built-in checks."""
+    """Accuracy of the built-in checks, gain as small print."""
     kinds = list(dict.fromkeys(check.name for row in result.rows for check in row.checks))
     if not kinds:
         return None
@@ -107,12 +108,11 @@ def checks(result: EvalResult) -> Table | None:
         cells = [name]
         for kind in kinds:
             check = found.get(kind)
-            cells += [f"{100 * check.accuracy:.0f} %", f"{check.gain:+.2f}"] if check else ["–", "–"]
+            cells.append(
+                f"{100 * check.accuracy:.0f} %\ngain {check.gain:+.2f}".replace("-", "−") if check else "–"
+            )
         rows.append(tuple(cells))
-    headings = ["checkpoint"]
-    for kind in kinds:
-        headings += [kind, "gain, nats"]
-    return Table(tuple(headings), rows)
+    return Table(("checkpoint", *kinds), rows)
 
 
 def check_notes(result: EvalResult) -> list[str]:
@@ -161,7 +161,7 @@ def speed(result: EvalResult) -> Table | None:
                     f"{point.tokens_per_second / base.tokens_per_second:.2f}" if base else "–",
                     "–" if point.bandwidth_share is None else f"{100 * point.bandwidth_share:.1f} %",
                     latency,
-                    size(found.peak_memory),
+                    f"{found.peak_memory / 1e6:,.0f} MB",
                     load,
                 )
             )
@@ -181,4 +181,4 @@ def _rate(point: SpeedPoint | None) -> str:
 def hashes(result: EvalResult) -> Table | None:
     """sha256 of every checkpoint."""
     rows = [(show(row.checkpoint), row.sha256) for row in result.rows if row.sha256]
-    return Table(("checkpoint", "sha256 of weights and config.json"), rows, (0, 1)) if rows else None
+    return Table(("checkpoint", "sha256 of weights and config.json"), rows, (0, 1), (1,)) if rows else None
