@@ -150,7 +150,9 @@ def measure(args: argparse.Namespace) -> None:
                 words = [engine, folder, args.context, args.steps, args.threads]
                 command = [str(w) for w in (python, __file__, "worker", *words)]
                 environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
+                before = cpu_seconds()
                 done = subprocess.run(command, capture_output=True, text=True, env=environment)
+                busy, own, wall = (b - a for a, b in zip(before, cpu_seconds()))
                 if done.returncode:
                     sys.exit(f"{folder}: {done.stderr[-2000:]}")
                 size = sum(
@@ -158,15 +160,31 @@ def measure(args: argparse.Namespace) -> None:
                 )
                 line = {"model": model, "name": name, "engine": engine, "level": level, "bytes": size}
                 line |= {"context": args.context, "threads": args.threads, "steps": args.steps}
+                line["others"] = round(max(0.0, busy - own) / wall, 3)
                 line |= json.loads(done.stdout.splitlines()[-1])
                 with open(args.work / "results.jsonl", "a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
     table(args)
 
 
+def cpu_seconds() -> tuple[float, float, float]:
+    """CPU time of the whole machine (what a hypervisor took from it included) and of children; wall time."""
+    words = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+    user, nice, system, _, _, irq, softirq, steal = map(int, words[:8])
+    busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    times = os.times()
+    return busy, times.children_user + times.children_system, times.elapsed
+
+
 def table(args: argparse.Namespace) -> None:
-    """Markdown: medians over the rounds so far, quartiles in brackets, of each model and length of prompt."""
+    """Markdown: medians over the rounds so far, quartiles in brackets, of each model and length of prompt.
+
+    Runs beside which other processes had more than `--others` CPUs on average are left out.
+    """
     lines = [json.loads(line) for line in (args.work / "results.jsonl").read_text().splitlines()]
+    disturbed = [x for x in lines if x["others"] > args.others]
+    lines = [x for x in lines if x["others"] <= args.others]
+    print(f"{len(disturbed)} runs left out: other processes had more than {args.others} CPUs")
     for model, context in dict.fromkeys(
         (x["model"], x["context"]) for x in lines if x["model"] in args.models
     ):
@@ -323,6 +341,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--others", type=float, default=0.1, help="CPUs that others may have during a run")
     args = parser.parse_args()
     {"prepare": prepare, "measure": measure, "table": table}[args.action](args)
 

@@ -83,7 +83,7 @@ def test_fresh_inputs(
     assert config["model"]["type"] == family and (tmp_path / "onnx/tokenizer.json").is_file()
 
 
-@pytest.mark.parametrize("bits", [2, 3, 8])
+@pytest.mark.parametrize("bits", [2, 3, pytest.param(8, marks=pytest.mark.slow)])
 def test_other_bits_stay_packed(tiny: Callable[..., Path], tmp_path: Path, bits: int) -> None:
     """Codes are widened when the file is opened, not in the file."""
     checkpoint = converted(tiny, tmp_path, "llama", "hqq", bits=bits, group_size=32)

@@ -55,6 +55,7 @@ def greedy(checkpoint: Path, prompt: list[int], count: int) -> list[int]:
         return list(_tokens(model, torch.tensor([prompt]), count, 0.0, 0))
 
 
+@pytest.mark.slow  # the documented commands, below, run the same script without quantkit and triton
 def test_runs_without_quantkit_and_triton(tiny: Callable[..., Path], tmp_path: Path) -> None:
     checkpoint = tmp_path / "hqq"
     quantkit.convert(tiny("llama"), checkpoint, format="hqq", options={"bits": 4, "group_size": 32})
@@ -172,7 +173,7 @@ def test_example(tmp_path: Path, format: str) -> None:
 
 
 def documented(heading: str) -> list[list[str]]:
-    """The commands in the first shell blocks of a section of docs/export.md, as lists of words."""
+    """The commands in the shell blocks of a section of docs/export.md, as lists of words."""
     page = (EXAMPLES.parent / "docs/export.md").read_text(encoding="utf-8")
     section = page[page.index(f"## {heading}") :].split("\n## ")[0]
     blocks = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
@@ -191,6 +192,29 @@ def test_the_documented_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert made == greedy(Path("CHECKPOINT"), [int(t) for t in second[3].split(",")], int(second[4]))
 
 
+@pytest.mark.slow
+def test_the_documented_commands_of_aoti_run(tmp_path: Path) -> None:
+    """Section AOTInductor, word for word on the example: compiled, then run without Python."""
+    if shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+    shutil.copytree(EXAMPLES / "run-aoti-cpp", tmp_path / "examples/run-aoti-cpp")
+    quantkit.convert(EXAMPLES / "pydoc-qwen2-3m", tmp_path / "CHECKPOINT", format="hqq")
+    commands = documented("AOTInductor")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euc", "\n".join(map(shlex.join, commands))],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    count, *prompt = map(int, commands[-1][5:])
+    made = [int(t) for t in done.stdout.splitlines()[-1].split(",")]
+    assert made == greedy(tmp_path / "CHECKPOINT", prompt, count)
+
+
+@pytest.mark.slow
 def test_the_example_is_as_small_as_its_checkpoint(tmp_path: Path) -> None:
     checkpoint = tmp_path / "q"
     quantkit.convert(
