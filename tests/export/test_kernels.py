@@ -212,7 +212,7 @@ def test_the_documented_commands_run(checkpoint: Path, stub: Path, tmp_path: Pat
     (tmp_path / "libcuda.so").symlink_to(stub)
     (tmp_path / "x").write_bytes(torch.randn(1, 64).half().numpy().tobytes())
     environment = {**os.environ, "QK_STUB_LOG": str(tmp_path / "log"), "LIBRARY_PATH": str(tmp_path)}
-    environment |= {"LD_LIBRARY_PATH": str(stub.parent), "CPATH": f"{NVIDIA}/include"}
+    environment |= {"LD_LIBRARY_PATH": str(tmp_path), "CPATH": f"{NVIDIA}/include"}
     environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-euc", commands], cwd=tmp_path, env=environment, capture_output=True, text=True
