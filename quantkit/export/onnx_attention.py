@@ -122,7 +122,7 @@ def _size(tensor: Tensor, dim: int) -> Tensor:
     return _node("Shape", (tensor,), torch.int64, (1,), start=dim, end=dim + 1)
 
 
-def _node(kind: str, inputs: tuple[Tensor, ...], dtype: torch.dtype, shape: Any, **attributes: int) -> Tensor:
+def _node(kind: str, inputs: tuple[Tensor, ...], dtype: torch.dtype, shape: Any, **attributes: Any) -> Tensor:
     return torch.onnx.ops.symbolic(f"::{kind}", inputs, attributes, dtype=dtype, shape=tuple(shape))
 
 
