@@ -1,12 +1,14 @@
 """ONNX exports beside dense torch and onnxruntime-genai's own int4 builder: decode and prefill speed.
 
-    python scripts/bench_export.py prepare --work build/bench --genai .peers/genai/bin/python
-    python scripts/bench_export.py measure --work build/bench --genai .peers/genai/bin/python
+    python scripts/bench_export.py prepare --genai .peers/genai/bin/python
+    python scripts/bench_export.py measure --genai .peers/genai/bin/python --rounds 7
+    python scripts/bench_export.py table
 
 `prepare` makes the models (the shipped example; a Llama of 4 layers and hidden size 2048 with random weights),
-converts and exports them, and runs the builder. `measure` times everything, one process at a time, the
-variants taking turns, and prints a Markdown table of medians over the rounds. GENAI is a Python environment
-with onnxruntime-genai, transformers and torch.
+converts and exports them, and runs the builder. `measure` times everything, each variant and round in a
+process of its own, forwards and backwards through the variants, and appends to `results.jsonl` in the work
+directory; `--models`, `--only`, `--engines` choose a piece of it. `table` prints medians over all rounds, with
+the quartiles. GENAI is a Python environment with onnxruntime-genai, transformers and torch.
 """
 
 from __future__ import annotations
@@ -25,17 +27,21 @@ EXAMPLE = ROOT / "examples/pydoc-llama-7m"
 RECIPES = {
     "7m": {
         "gptq": "--format gptq --group-size 32 --samples 16 --seqlen 256",
-        "hqq": "--format hqq --group-size 32 --set round_zero=true",
         "hqq-head": "--format hqq --group-size 32 --set round_zero=true --override lm_head:bits=4",
-        "hqq-3": "--format hqq --bits 3 --group-size 64",
-        "hqq-g24": "--format hqq --bits 4 --group-size 24",
-        "nf4": "--format nf4",
-        "fp8": "--format fp8",
     },
     "2048": {
-        "hqq": "--format hqq --group-size 32 --set round_zero=true",
         "hqq-head": "--format hqq --group-size 32 --set round_zero=true --override lm_head:bits=4",
+    },
+    # For what falls back: plain rounding to convert quickly, since codes do not change the speed.
+    "1024": {
+        "hqq": "--format hqq --set round_zero=true --set optimize=false",
+        "hqq-float-zeros": "--format hqq --set optimize=false",
+        "hqq-3": "--format hqq --bits 3 --set optimize=false",
+        "hqq-8": "--format hqq --bits 8 --set round_zero=true --set optimize=false",
+        "hqq-g24": "--format hqq --group-size 24 --set round_zero=true --set optimize=false",
         "nf4": "--format nf4",
+        "fp8": "--format fp8",
+        "fp8-channel": "--format fp8 --set scheme=channel --set layout=compressed-tensors",
     },
 }
 LEVELS = (1, 4)
@@ -71,14 +77,18 @@ def prepare(args: argparse.Namespace) -> None:
         if not dense.is_dir():
             random_llama(dense, int(model))
         for recipe, flags in RECIPES[model].items():
+            if args.recipes and recipe not in args.recipes:
+                continue
             checkpoint = args.work / f"{model}-{recipe}"
             if not checkpoint.is_dir():
                 quantkit("convert", dense, "-o", checkpoint, *flags.split())
-            for level in LEVELS:
+            for level in args.levels or LEVELS:
                 folder = args.work / f"{model}-{recipe}-onnx{level}"
                 if args.again or not folder.is_dir():
                     quantkit("export", checkpoint, "-o", folder, f"--accuracy-level={level}", "--overwrite")
-        for level in LEVELS:
+        for level in args.levels or LEVELS:
+            if model == "1024":
+                break
             for head, extra in (("", []), ("-head16", ["nodes_to_exclude=/lm_head/MatMul"])):
                 folder = args.work / f"{model}-builder{level}{head}"
                 if not folder.is_dir():
@@ -108,7 +118,7 @@ def random_llama(folder: Path, hidden: int) -> None:
         num_attention_heads=16,
         num_key_value_heads=8,
         num_hidden_layers=4,
-        vocab_size=32000,
+        vocab_size=32000 if hidden == 2048 else 4096,
         max_position_embeddings=2048,
     )
     transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
@@ -129,50 +139,85 @@ def run(command: list[object]) -> None:
 
 
 def measure(args: argparse.Namespace) -> None:
+    """Append one line of results for each variant and round."""
     for model in args.models:
-        chosen = [v for v in variants(args.work, model) if not args.only or any(o in v[0] for o in args.only)]
-        if args.engines:
-            chosen = [v for v in chosen if v[1] in args.engines]
-        got: dict[int, list[dict[str, float]]] = {i: [] for i in range(len(chosen))}
-        for _ in range(args.rounds):
-            for i, (_, engine, folder, _) in enumerate(chosen):
+        chosen = [v for v in variants(args.work, model) if not args.only or v[0] in args.only]
+        chosen = [v for v in chosen if not args.engines or v[1] in args.engines]
+        chosen = [v for v in chosen if not args.levels or v[3] in args.levels or v[1] == "torch"]
+        for number in range(args.rounds):
+            for name, engine, folder, level in chosen if number % 2 == 0 else reversed(chosen):
                 python = args.genai if engine == "genai" else sys.executable
                 words = [engine, folder, args.context, args.steps, args.threads]
-                command = [python, __file__, "worker", *words]
+                command = [str(w) for w in (python, __file__, "worker", *words)]
                 environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
-                done = subprocess.run(
-                    [str(w) for w in command], capture_output=True, text=True, env=environment
-                )
+                before = cpu_seconds()
+                done = subprocess.run(command, capture_output=True, text=True, env=environment)
+                busy, own, wall = (b - a for a, b in zip(before, cpu_seconds()))
                 if done.returncode:
                     sys.exit(f"{folder}: {done.stderr[-2000:]}")
-                got[i].append(json.loads(done.stdout.splitlines()[-1]))
-        table(model, chosen, got, args)
+                size = sum(
+                    f.stat().st_size for f in folder.iterdir() if f.suffix in (".data", ".safetensors")
+                )
+                line = {"model": model, "name": name, "engine": engine, "level": level, "bytes": size}
+                line |= {"context": args.context, "threads": args.threads, "steps": args.steps}
+                line["others"] = round(max(0.0, busy - own) / wall, 3)
+                line |= json.loads(done.stdout.splitlines()[-1])
+                with open(args.work / "results.jsonl", "a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+    table(args)
 
 
-def table(
-    model: str,
-    chosen: list[tuple[str, str, Path, int]],
-    got: dict[int, list[dict[str, float]]],
-    args: argparse.Namespace,
-) -> None:
-    print(
-        f"\n{model}: {args.threads} threads, prompt of {args.context} tokens, then {args.steps} decode steps "
-        f"(median step), medians of {args.rounds} rounds\n"
-    )
-    print(
-        "| model | runtime | accuracy level | weights, MB | decode, tokens/s | x dense | prefill, tokens/s |"
-    )
-    print("|---|---|---|---|---|---|---|")
-    base = None
-    for i, (name, engine, folder, level) in enumerate(chosen):
-        decode = statistics.median(r["decode"] for r in got[i])
-        prefill = statistics.median(r["prefill"] for r in got[i])
-        base = base or decode
-        size = sum(f.stat().st_size for f in folder.iterdir() if f.suffix in (".data", ".safetensors")) / 1e6
-        runtime = {"torch": "torch", "ort": "onnxruntime", "genai": "onnxruntime-genai"}[engine]
+def cpu_seconds() -> tuple[float, float, float]:
+    """CPU time of the whole machine (what a hypervisor took from it included) and of children; wall time."""
+    words = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+    user, nice, system, _, _, irq, softirq, steal = map(int, words[:8])
+    busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    times = os.times()
+    return busy, times.children_user + times.children_system, times.elapsed
+
+
+def table(args: argparse.Namespace) -> None:
+    """Markdown: medians over the rounds so far, quartiles in brackets, of each model and length of prompt.
+
+    Runs beside which other processes had more than `--others` CPUs on average are left out.
+    """
+    lines = [json.loads(line) for line in (args.work / "results.jsonl").read_text().splitlines()]
+    disturbed = [x for x in lines if x["others"] > args.others]
+    lines = [x for x in lines if x["others"] <= args.others]
+    print(f"{len(disturbed)} runs left out: other processes had more than {args.others} CPUs")
+    for model, context in dict.fromkeys(
+        (x["model"], x["context"]) for x in lines if x["model"] in args.models
+    ):
+        here = [x for x in lines if (x["model"], x["context"]) == (model, context)]
+        print(f"\n{model}: prompt of {context} tokens, {here[0]['threads']} threads\n")
         print(
-            f"| {name} | {runtime} | {level or ''} | {size:.1f} | {decode:.1f} | {decode / base:.2f} | {prefill:.0f} |"
+            "| model | runtime | accuracy level | weights, MB | rounds | decode, tokens/s "
+            "| x dense | prefill, tokens/s |"
         )
+        print("|---|---|---|---|---|---|---|---|")
+        rows: dict[tuple[str, str, int], list[dict[str, float]]] = {}
+        for x in here:
+            rows.setdefault((x["name"], x["engine"], x["level"]), []).append(x)
+        dense = [x["decode"] for x in here if x["engine"] == "torch"]
+        for (name, engine, level), got in sorted(
+            rows.items(), key=lambda row: (row[0][1] != "torch", row[0])
+        ):
+            decode, low, high = spread([x["decode"] for x in got])
+            prefill = statistics.median(x["prefill"] for x in got)
+            runtime = {"torch": "torch", "ort": "onnxruntime", "genai": "onnxruntime-genai"}[engine]
+            times = f"{decode / statistics.median(dense):.2f}" if dense else ""
+            print(
+                f"| {name} | {runtime} | {level or ''} | {got[0]['bytes'] / 1e6:.1f} | {len(got)} "
+                f"| {decode:.1f} ({low:.1f} to {high:.1f}) | {times} | {prefill:.0f} |"
+            )
+
+
+def spread(values: list[float]) -> tuple[float, float, float]:
+    """Median, lower and upper quartile."""
+    if len(values) < 2:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return middle, low, high
 
 
 def worker(engine: str, folder: str, context: int, steps: int, threads: int) -> None:
@@ -281,19 +326,24 @@ def main() -> None:
         worker(sys.argv[2], sys.argv[3], *map(int, sys.argv[4:]))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("action", choices=["prepare", "measure"])
+    parser.add_argument("action", choices=["prepare", "measure", "table"])
     parser.add_argument("--work", type=Path, default=ROOT / "build/bench")
     parser.add_argument("--genai", default=str(ROOT / ".peers/genai/bin/python"))
     parser.add_argument("--models", nargs="+", default=["7m", "2048"], choices=list(RECIPES))
-    parser.add_argument("--only", nargs="*", help="names of variants, or parts of them")
+    parser.add_argument("--recipes", nargs="*", help="prepare: only these")
+    parser.add_argument(
+        "--levels", nargs="*", type=int, choices=LEVELS, help="accuracy levels; all by default"
+    )
+    parser.add_argument("--only", nargs="*", help="names of variants")
     parser.add_argument("--engines", nargs="*", choices=["torch", "ort", "genai"])
     parser.add_argument("--again", action="store_true", help="prepare: export again")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--steps", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--others", type=float, default=0.1, help="CPUs that others may have during a run")
     args = parser.parse_args()
-    (prepare if args.action == "prepare" else measure)(args)
+    {"prepare": prepare, "measure": measure, "table": table}[args.action](args)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ class Decoder(nn.Module):
         """The forward pass for new tokens that stand at `places [S]` of the mask's T."""
         cache = TracedCache(past)
         masks = {
-            kind: additive_mask(attention_mask, places, window)
+            kind: self.bias(attention_mask, places, window)
             for kind, window in (("full_attention", None), ("sliding_attention", self.window))
             if kind in self.layer_types
         }
@@ -108,6 +108,10 @@ class Decoder(nn.Module):
             return (logits,)
         present = [tensor for i in range(self.layers) for tensor in cache.present[i]]
         return (logits, *present)
+
+    def bias(self, attention_mask: Tensor, places: Tensor, window: int | None) -> Tensor:
+        """What is added to the scores of the queries at `places [S]`, float32 `[B, 1, S, T]`."""
+        return additive_mask(attention_mask, places, window)
 
 
 def additive_mask(attention_mask: Tensor, query: Tensor, window: int | None) -> Tensor:

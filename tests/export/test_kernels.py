@@ -200,6 +200,27 @@ def test_the_c_example_launches_what_the_jit_would(
     assert wrong.returncode == 2 and "no layer no.layer" in wrong.stderr
 
 
+@pytest.mark.slow
+def test_the_documented_commands_run(checkpoint: Path, stub: Path, tmp_path: Path) -> None:
+    """docs/export.md, the shell commands as they stand there; the stub stands in for the driver."""
+    page = (ROOT / "docs/export.md").read_text(encoding="utf-8")
+    section = page[page.index("## Kernels without the Triton runtime") :]
+    commands = section[section.index("```sh\n") + 6 :].split("```")[0]
+    assert len(commands.splitlines()) == 3
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / "CHECKPOINT").symlink_to(checkpoint)
+    (tmp_path / "libcuda.so").symlink_to(stub)
+    (tmp_path / "x").write_bytes(torch.randn(1, 64).half().numpy().tobytes())
+    environment = {**os.environ, "QK_STUB_LOG": str(tmp_path / "log"), "LIBRARY_PATH": str(tmp_path)}
+    environment |= {"LD_LIBRARY_PATH": str(tmp_path), "CPATH": f"{NVIDIA}/include"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euc", commands], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len((tmp_path / "y").read_bytes()) == 64 * 2 and logged(tmp_path / "log")
+
+
 INTERPRETED = """
 import sys, torch, triton
 from pathlib import Path

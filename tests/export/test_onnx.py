@@ -42,13 +42,17 @@ def converted(tiny: Callable[..., Path], tmp_path: Path, family: str, format: st
 
 
 def compare_fresh(checkpoint: Path, artifact: Path, batch: int, prompt: int, *, level: int = 1) -> float:
-    """Largest relative error on fresh random tokens: a prompt, a chunk of one, a decode step each."""
+    """Largest relative error on fresh random tokens: a prompt, then more at once, then one.
+
+    More at once is three for one row; GroupQueryAttention takes only one beside a past for several.
+    """
     activations = "int8" if level == 4 else "exact"
     model = quantkit.load(checkpoint, dtype="float32", cpu_activations=activations)
     runner = OnnxRunner(artifact, CacheShape.of(model), use_cache=True, level=level)
-    ids = torch.randint(3, 256, (batch, prompt + 2))
+    chunk = 3 if batch == 1 else 1
+    ids = torch.randint(3, 256, (batch, prompt + chunk + 1))
     worst, cache, done = 0.0, None, 0
-    for count in (prompt, 1, 1):
+    for count in (prompt, chunk, 1):
         part = ids[:, done : done + count]
         done += count
         with torch.no_grad(), use_reference():
@@ -79,7 +83,7 @@ def test_fresh_inputs(
     assert config["model"]["type"] == family and (tmp_path / "onnx/tokenizer.json").is_file()
 
 
-@pytest.mark.parametrize("bits", [2, 3, 8])
+@pytest.mark.parametrize("bits", [2, 3, pytest.param(8, marks=pytest.mark.slow)])
 def test_other_bits_stay_packed(tiny: Callable[..., Path], tmp_path: Path, bits: int) -> None:
     """Codes are widened when the file is opened, not in the file."""
     checkpoint = converted(tiny, tmp_path, "llama", "hqq", bits=bits, group_size=32)

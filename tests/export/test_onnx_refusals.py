@@ -35,7 +35,7 @@ def assert_nothing_left(tmp_path: Path, *kept: str) -> None:
     assert left == sorted(kept)
 
 
-@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("layer", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_damaged_file_is_not_published(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layer: int
 ) -> None:

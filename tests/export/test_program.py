@@ -22,6 +22,7 @@ from quantkit.encoding import Codebook, Float8, PackedWeight, pack_affine
 from quantkit.errors import UsageError
 from quantkit.export import aten_layers
 from quantkit.export.api import export
+from quantkit.export.result import ExportResult
 from quantkit.generate import _tokens
 from quantkit.kernels import reference
 from quantkit.kernels.dispatch import use_reference
@@ -54,6 +55,7 @@ def greedy(checkpoint: Path, prompt: list[int], count: int) -> list[int]:
         return list(_tokens(model, torch.tensor([prompt]), count, 0.0, 0))
 
 
+@pytest.mark.slow  # the documented commands, below, run the same script without quantkit and triton
 def test_runs_without_quantkit_and_triton(tiny: Callable[..., Path], tmp_path: Path) -> None:
     checkpoint = tmp_path / "hqq"
     quantkit.convert(tiny("llama"), checkpoint, format="hqq", options={"bits": 4, "group_size": 32})
@@ -131,30 +133,47 @@ FORMATS: dict[str, dict[str, Any]] = {
 }
 
 
-# Each format and each family once; the whole matrix is in test_onnx.py, marked slow.
-@pytest.mark.parametrize(
-    ("family", "format"),
-    [
-        ("qwen2", "gptq"),
-        ("llama", "awq"),
-        ("phi3", "hqq"),
-        ("gemma2", "nf4"),
-        ("mixtral", "fp8"),
-        ("llama", "ternary"),
-    ],
-)
-def test_every_format_and_family(tiny: Callable[..., Path], tmp_path: Path, family: str, format: str) -> None:
+FAMILIES = ["llama", "qwen2", "gemma2", "gemma3", "phi3", "mixtral"]
+#: Every format and every family of the matrix once: what the continuous integration runs.
+DIAGONAL = list(zip(["qwen2", "llama", "phi3", "gemma2", "gemma3", "mixtral"], FORMATS))
+
+
+def check(source: Path, tmp_path: Path, format: str) -> ExportResult:
+    """Convert and export; the proof holds to float32 accuracy, and the graph has no operator of quantkit's."""
     calibrated = {"samples": 2, "seqlen": 32} if format in ("gptq", "awq") else {}
-    checkpoint = tmp_path / "q"
-    quantkit.convert(tiny(family), checkpoint, format=format, options=FORMATS[format], **calibrated)
-    result = export(checkpoint, tmp_path / "out", to="torch")
+    quantkit.convert(source, tmp_path / "q", format=format, options=FORMATS[format], **calibrated)
+    result = export(tmp_path / "q", tmp_path / "out", to="torch")
     assert result.proof is not None and result.proof.steps == 10
     assert result.proof.relative_error < (2e-2 if format in ("fp8", "ternary") else 1e-5)
     assert not [kind for kind in result.nodes if not kind.startswith(("aten.", "<built-in", "_operator"))]
+    return result
+
+
+@pytest.mark.parametrize(("family", "format"), DIAGONAL)
+def test_diagonal(tiny: Callable[..., Path], tmp_path: Path, family: str, format: str) -> None:
+    check(tiny(family), tmp_path, format)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", list(FORMATS))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_matrix(tiny: Callable[..., Path], tmp_path: Path, family: str, format: str) -> None:
+    if (family, format) in DIAGONAL:
+        pytest.skip("test_diagonal runs this one")
+    check(tiny(family), tmp_path, format)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", list(FORMATS))
+def test_example(tmp_path: Path, format: str) -> None:
+    """A trained model in every format, the artifact within 3 % of the checkpoint."""
+    result = check(EXAMPLES / "pydoc-llama-7m", tmp_path, format)
+    print(format, result.artifact_bytes / result.checkpoint_bytes, result.proof)
+    assert result.artifact_bytes <= 1.03 * result.checkpoint_bytes
 
 
 def documented(heading: str) -> list[list[str]]:
-    """The commands in the first shell blocks of a section of docs/export.md, as lists of words."""
+    """The commands in the shell blocks of a section of docs/export.md, as lists of words."""
     page = (EXAMPLES.parent / "docs/export.md").read_text(encoding="utf-8")
     section = page[page.index(f"## {heading}") :].split("\n## ")[0]
     blocks = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
@@ -173,6 +192,29 @@ def test_the_documented_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert made == greedy(Path("CHECKPOINT"), [int(t) for t in second[3].split(",")], int(second[4]))
 
 
+@pytest.mark.slow
+def test_the_documented_commands_of_aoti_run(tmp_path: Path) -> None:
+    """Section AOTInductor, word for word on the example: compiled, then run without Python."""
+    if shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+    shutil.copytree(EXAMPLES / "run-aoti-cpp", tmp_path / "examples/run-aoti-cpp")
+    quantkit.convert(EXAMPLES / "pydoc-qwen2-3m", tmp_path / "CHECKPOINT", format="hqq")
+    commands = documented("AOTInductor")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euc", "\n".join(map(shlex.join, commands))],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    count, *prompt = map(int, commands[-1][5:])
+    made = [int(t) for t in done.stdout.splitlines()[-1].split(",")]
+    assert made == greedy(tmp_path / "CHECKPOINT", prompt, count)
+
+
+@pytest.mark.slow
 def test_the_example_is_as_small_as_its_checkpoint(tmp_path: Path) -> None:
     checkpoint = tmp_path / "q"
     quantkit.convert(
