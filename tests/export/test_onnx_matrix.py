@@ -128,5 +128,5 @@ def test_runs_in_a_fresh_environment(tiny: Callable[..., Path], tmp_path: Path) 
     if subprocess.run(install, capture_output=True).returncode:
         pytest.skip("pip cannot install onnxruntime here")
     for name in ("quantkit", "torch"):
-        assert subprocess.run([python, "-c", f"import {name}"], capture_output=True).returncode
+        assert subprocess.run([python, "-I", "-c", f"import {name}"], capture_output=True).returncode
     assert run_onnx(python, tmp_path / "onnx", prompt) == want
