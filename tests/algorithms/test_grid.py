@@ -125,9 +125,11 @@ def test_rtn_any_shape(n: int, k: int, group: int, bits: int, symmetric: bool, m
     codes, scale, zero = rtn_quantize(weight, group, grid)
     packed = pack_affine(codes, scale, zero.to(torch.uint8), bits, group)
     dense = dequantize(packed)
-    # within half a step, except at the top of a symmetric grid, which is one level short
+    # Within half a step, except at the top of a symmetric grid, which is one level short; and a float16 scale
+    # below 2**-14 is itself rounded to multiples of 2**-24, an error that the top level has `top` times.
     step = scale.abs()[:, torch.arange(k) // group]
-    assert bool(((dense - weight).abs() <= step * 1.01 + 1e-7).all())
+    stored = (2**bits - 1) * 2.0**-25
+    assert bool(((dense - weight).abs() <= step * 1.01 + stored + 1e-7).all())
     importance = random(k, seed=1).abs()
     again, _ = fit_groups(weight, group, AffineGrid(bits, symmetric=symmetric), importance)
     assert again.shape == scale.shape
