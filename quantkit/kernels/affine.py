@@ -1,5 +1,6 @@
 """Triton backend of the affine ops: chooses a route by M.
 
+    M = 1               `gemv`, where it covers the weight (4 and 3 bits)
     M <= FUSED_ROWS     `affine_gemm`, `affine_gemm_wide`: codes to tensor cores, no dense weight anywhere
     larger              W, or a slice of it at a time, is dequantized and the vendor's BLAS multiplies
 
@@ -21,6 +22,7 @@ from quantkit.kernels.affine_launch import (
     launch_dequantize,
     launch_gemm,
 )
+from quantkit.kernels.gemv_launch import covers, kind_of, launch_gemv
 from quantkit.kernels.launch import device_of
 
 
@@ -49,9 +51,20 @@ def affine_linear(
     with device_of(x):
         if rows.shape[0] > (tuning.FUSED_ROWS_3BIT if bits == 3 else tuning.FUSED_ROWS):
             out = _sliced_linear(rows, weight, bias)
+        elif covers(rows, codes, kind_of(bits), n, weight.group):
+            out = _one_row(rows, weight, bias)
         else:
             out = launch_gemm(rows, weight, bias, tuning.gemm_config(rows.shape[0], n, k, bits))
     return out.view(*x.shape[:-1], n)
+
+
+def _one_row(x: Tensor, weight: AffineWeight, bias: Tensor | None) -> Tensor:
+    kind = kind_of(weight.bits)
+    assert kind is not None
+    if weight.perm is not None:
+        x = x.index_select(1, weight.perm)
+    n = weight.codes.shape[0]
+    return launch_gemv(x, weight.codes, weight.scale, weight.zero, None, bias, kind, n, weight.group)
 
 
 def affine_fused_linear(

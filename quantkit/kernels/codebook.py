@@ -1,5 +1,6 @@
 """Triton backend of the codebook ops (NF4, FP4): chooses a kernel by M and launches it.
 
+    M = 1                               `gemv_kernel`, where it covers the weight
     M <= codebook_tuning.FUSED_ROWS     `codebook_gemm_kernel` / `codebook_gemm_wide_kernel`
     larger                              slices of W dequantized, multiplied by the vendor's BLAS
 
@@ -25,6 +26,8 @@ from quantkit.kernels.codebook_dequantize import (
 )
 from quantkit.kernels.codebook_gemm import codebook_gemm_kernel, codebook_gemm_wide_kernel
 from quantkit.kernels.codebook_tuning import Config
+from quantkit.kernels.gemv import CODEBOOK
+from quantkit.kernels.gemv_launch import covers, launch_gemv
 from quantkit.kernels.launch import DOT_TYPES, cdiv, device_of, has_ptx, large_shared_memory
 from quantkit.kernels.tuning import BackwardConfig
 
@@ -52,6 +55,8 @@ def codebook_linear(
                 launch_dequantize(codes, scale, lut, k, block_size, out, row, column)
 
             out = sliced.linear(rows, out_features, bias, fill)
+        elif k % block_size == 0 and covers(rows, codes, CODEBOOK.value, out_features, block_size):
+            out = launch_gemv(rows, codes, scale, None, lut, bias, CODEBOOK.value, out_features, block_size)
         else:
             config = codebook_tuning.config(rows.shape[0], out_features, large_shared_memory(), k)
             out = launch_gemm(rows, codes, scale, lut, bias, out_features, block_size, config)

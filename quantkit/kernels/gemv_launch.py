@@ -1,0 +1,101 @@
+"""Launch of `gemv_kernel`: one row of x times four- or three-bit weights, where it covers them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantkit.kernels import launch
+from quantkit.kernels.gemv import AFFINE3, AFFINE4, CODEBOOK, gemv_kernel
+
+
+@dataclass(frozen=True)
+class GemvConfig:
+    """Rows BN side by side in a program, KS steps of 256 inputs at a time, R rows per thread."""
+
+    rows: int
+    steps: int
+    per_thread: int
+    warps: int
+
+
+#: Largest N -> tile, by measurement (docs/benchmarks/kernels-h100.md); the first is for the codebook.
+CONFIGS: dict[bool, list[tuple[int, GemvConfig]]] = {
+    True: [(6144, GemvConfig(8, 4, 2, 8)), (1 << 31, GemvConfig(4, 8, 4, 8))],
+    False: [(6144, GemvConfig(4, 4, 2, 4)), (1 << 31, GemvConfig(4, 4, 4, 4))],
+}
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+def config(kind: int, n: int) -> GemvConfig:
+    """Tile for a weight of n rows."""
+    return next(tile for most, tile in CONFIGS[kind == CODEBOOK.value] if n <= most)
+
+
+def kind_of(bits: int) -> int | None:
+    """The kernel's name for affine codes of `bits`; None if it has no decoding for them."""
+    return {4: AFFINE4.value, 3: AFFINE3.value}.get(bits)
+
+
+def covers(x: Tensor, codes: Tensor, kind: int | None, n: int, group: int) -> bool:
+    """Does the kernel multiply `x [M, K]` with this weight? `group` is 0 for one group per row.
+
+    One row of float16 or bfloat16, units of 32 codes that lie inside groups and at aligned addresses, whole tiles.
+    """
+    if kind is None or x.shape[0] != 1 or x.dtype not in _HALVES or not launch.has_ptx():
+        return False
+    k, tile = x.shape[1], config(kind, n)
+    if k % (64 if kind == AFFINE3.value else 32) or group % 32 or (group and k % group):
+        return False
+    return n % (tile.rows * tile.per_thread) == 0 and x.data_ptr() % 16 == 0 and codes.data_ptr() % 16 == 0
+
+
+def launch_gemv(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    lut: Tensor | None,
+    bias: Tensor | None,
+    kind: int,
+    n: int,
+    group: int,
+    tile: GemvConfig | None = None,
+    asm: bool = True,
+) -> Tensor:
+    """`x [1, K]` times the weight `[n, K]` plus `bias [n]`: `[1, n]` in the dtype of x.
+
+    `codes`, `scale`, `zero` and `lut` as in `quantkit.encoding`; `group` is 0 for one group per row. `asm=False`
+    runs on portable loads.
+    """
+    tile = tile or config(kind, n)
+    k = x.shape[1]
+    out = x.new_empty((1, n))
+    row_bytes = 3 * k // 8 if kind == AFFINE3.value else k // 2
+    gemv_kernel[(n // (tile.rows * tile.per_thread),)](
+        x,
+        codes,
+        scale,
+        zero if zero is not None else scale,
+        lut if lut is not None else scale,
+        bias if bias is not None else x,
+        out,
+        k,
+        row_bytes,
+        k // 4,  # where three bits' plane of top bits begins
+        k // group if group else 1,
+        KIND=kind,
+        BN=tile.rows,
+        KS=tile.steps,
+        R=tile.per_thread,
+        GROUP=group,
+        EVEN_K=k % (tile.steps * 256) == 0,
+        HAS_BIAS=bias is not None,
+        ASM=asm,
+        THREADS=32 * tile.warps,
+        num_warps=tile.warps,
+        num_stages=1,
+    )
+    return out
