@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,20 @@ import quantkit
 from quantkit.checkpoint import CheckpointReader
 from quantkit.errors import QuantkitError, UsageError, did_you_mean
 from quantkit.export import decoder as decoders
-from quantkit.export.proof import Expected, Proof, compare, expect, rounding_effect
+from quantkit.export.proof import (
+    Expected,
+    Proof,
+    Runner,
+    compare,
+    expect,
+    expect_again,
+    furthest,
+    largest_logit,
+)
 from quantkit.export.result import ExportResult
 from quantkit.export.stage import MANIFEST, staged
 from quantkit.hub import resolve_model
-from quantkit.linear import QuantLinear, set_cpu_activations
+from quantkit.linear import QuantLinear
 from quantkit.load import find_quantized, load, read_layer
 from quantkit.meta_model import build_meta_model
 from quantkit.progress import NullProgress, Progress
@@ -59,8 +68,9 @@ def export(
         "kernels" (GPU binaries with manifest, C header and packed weights).
     opset, standard, accuracy_level: ONNX only. `standard` uses no operators beyond the ONNX standard;
         `accuracy_level` 4 rounds activations to int8 per block, 1 computes in float32.
-    atol: largest difference of a logit from the quantkit model; None is 1e-4 of the largest logit, or 2e-2
-        where activations are rounded (with `accuracy_level` 4 also twice what rounding itself changes).
+    atol: largest difference of a logit from the quantkit model; None is 1e-4 of the largest logit. Where
+        activations are rounded, 1e-4 is for the artifact with the rounding taken out, and the artifact as it
+        is may differ by 2e-2 or twice what rounding changes, whichever is more.
     kv_cache: False exports a graph without cache inputs and outputs (ONNX only).
     keep_ops: "torch" only: keep quantkit's custom operators instead of decomposing them to aten.
     device: "aoti" only: "cpu" or "cuda", what the package is compiled for.
@@ -95,20 +105,14 @@ def export(
         if model.quantkit_layout is None:
             notices.append(f"{checkpoint} is not quantized: exported as it is")
         _attach_nested(path, model)
-        rounded = level == 4 or any(m.activation for m in model.modules() if isinstance(m, QuantLinear))
         progress.stage("running the reference")
-        expected = _expected(path, kv_cache, level if to == "onnx" else 1, trust_remote_code)
-        largest = max(float(t.abs().max()) for t in expected.logits)
-        allowed = largest * (ROUNDED if rounded else EXACT)
-        # A last bit that falls the other way changes all roundings after it: then both sides are as far from
-        # exact arithmetic as rounding takes them, and at most twice that from each other.
-        allowed = atol if atol is not None else max(allowed, 2 * expected.rounding)
+        reference = _reference(path, kv_cache, level if to == "onnx" else 1, atol, trust_remote_code)
         decoders.prepare(model)
         progress.stage(f"building the {to} artifact")
         if to == "onnx":
-            nodes, proof = _onnx(model, folder, expected, allowed, opset, kv_cache, level, standard)
+            nodes, proof = _onnx(model, folder, reference, opset, kv_cache, level, standard)
         else:
-            nodes, proof = _program(model, folder, expected, allowed, to, keep_ops, device)
+            nodes, proof = _program(model, folder, reference, to, keep_ops, device)
         progress.stage("publishing")
         _copy_files(path, folder)
         settings = {"target": to, "device": device, "format": model.quantkit_layout, "keep_ops": keep_ops}
@@ -220,15 +224,51 @@ def _check_device(to: str, device: str) -> None:
             raise UsageError("torch sees no CUDA device here", hint="Export on a machine with the GPU.")
 
 
-def _expected(path: Any, kv_cache: bool, level: int, trust_remote_code: bool) -> Expected:
+@dataclass(frozen=True)
+class _Reference:
+    """What the artifact must compute, and how far it may be off; `unrounded` where it rounds activations."""
+
+    expected: Expected
+    allowed: float
+    unrounded: Expected | None
+    unrounded_allowed: float
+
+    def prove_unrounded(self, run: Runner, what: str) -> float | None:
+        """The largest error of an artifact whose rounding was taken out."""
+        assert self.unrounded is not None
+        what = f"{what}, its rounding of activations taken out,"
+        return compare(self.unrounded, run, self.unrounded_allowed, what).max_error
+
+    def prove(self, run: Runner, what: str, unrounded_error: float | None, speed: float | None) -> Proof:
+        """Compare the artifact as it is."""
+        proof = compare(self.expected, run, self.allowed, what, self.unrounded)
+        return replace(
+            proof,
+            artifact_tokens_per_second=speed,
+            source_tokens_per_second=self.expected.tokens_per_second or None,
+            unrounded_error=unrounded_error,
+            unrounded_atol=None if unrounded_error is None else self.unrounded_allowed,
+        )
+
+
+def _reference(
+    path: Any, kv_cache: bool, level: int, atol: float | None, trust_remote_code: bool
+) -> _Reference:
     """The reference model is loaded, run and dropped before the export's own copy is changed."""
     activations = "int8" if level == 4 else "exact"
     model = load(path, dtype=torch.float32, cpu_activations=activations, trust_remote_code=trust_remote_code)
     expected = expect(model, use_cache=kv_cache)
-    if activations == "int8":
-        set_cpu_activations(model, "exact")
-        expected = replace(expected, rounding=rounding_effect(model, expected))
-    return expected
+    exact = EXACT * largest_logit(expected)
+    layers = [m for m in model.modules() if isinstance(m, QuantLinear) and (m.activation or m.cpu_activation)]
+    if not layers:
+        return _Reference(expected, exact if atol is None else atol, None, 0.0)
+    for layer in layers:
+        layer.activation = layer.cpu_activation = None
+    unrounded = expect_again(model, expected)
+    allowed = max(ROUNDED * largest_logit(expected), 2 * furthest(expected, unrounded))
+    if atol is not None:
+        return _Reference(expected, atol, unrounded, atol)
+    return _Reference(expected, allowed, unrounded, exact)
 
 
 def _attach_nested(path: Any, model: Any) -> None:
@@ -261,8 +301,7 @@ def _module(model: Any, name: str) -> QuantLinear | None:
 def _onnx(
     model: Any,
     folder: Path,
-    expected: Expected,
-    atol: float,
+    reference: _Reference,
     opset: int,
     kv_cache: bool,
     level: int,
@@ -298,32 +337,39 @@ def _onnx(
     if kv_cache:
         config = genai_config(model, shape, contrib=contrib, positions=decoder.takes_positions)
         (folder / "genai_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    what, unrounded_error = "the ONNX model", None
+    if reference.unrounded is not None:
+        unrounded_error = reference.prove_unrounded(
+            OnnxRunner.unrounded(folder, shape, use_cache=kv_cache), what
+        )
     runner = OnnxRunner(folder, shape, use_cache=kv_cache, level=level)
-    proof = compare(expected, runner, atol, "the ONNX model")
     speed = runner.tokens_per_second() if kv_cache else None
-    return dict(nodes), _with_speed(proof, expected, speed)
+    return dict(nodes), reference.prove(runner, what, unrounded_error, speed)
 
 
 def _program(
-    model: Any, folder: Path, expected: Expected, atol: float, to: str, keep_ops: bool, device: str
+    model: Any, folder: Path, reference: _Reference, to: str, keep_ops: bool, device: str
 ) -> tuple[dict[str, int], Proof]:
-    from quantkit.export import program
+    from quantkit.export import program, unrounded
+
+    def runner(run: Any) -> program.StaticRunner:
+        return program.StaticRunner(run, program.cache_shape(model), device=device)
 
     exported = program.trace(model, keep_ops=keep_ops, device=device)
-    file = folder / program.MODEL
+    file, what = folder / program.MODEL, f"the {to} program"
+    unrounded_error = None
+    nodes = program.count_nodes(exported)
     if to == "torch":
         program.save(exported, file)
-        run = program.load_program(file)
-    else:
+        exported = program.load_program(file)
+        run = exported.module()
+    if reference.unrounded is not None:
+        # A package cannot be changed: there it is the program that will be compiled.
+        unrounded_error = reference.prove_unrounded(runner(unrounded.program(exported)), what)
+    if to == "aoti":
         run = program.compile_package(exported, file)
-    runner = program.StaticRunner(run, program.cache_shape(model), device=device)
-    proof = compare(expected, runner, atol, f"the {to} program")
-    return program.count_nodes(exported), _with_speed(proof, expected, runner.tokens_per_second())
-
-
-def _with_speed(proof: Proof, expected: Expected, speed: float | None) -> Proof:
-    source = expected.tokens_per_second or None
-    return replace(proof, artifact_tokens_per_second=speed, source_tokens_per_second=source)
+    artifact = runner(run)
+    return nodes, reference.prove(artifact, what, unrounded_error, artifact.tokens_per_second())
 
 
 def _copy_files(path: Any, folder: Path) -> None:

@@ -105,9 +105,9 @@ def _deflate_graph(file: Path) -> None:
     os.replace(packed, file)
 
 
-def load_program(file: Path) -> Callable[..., Any]:
-    """The saved program as a callable."""
-    return torch.export.load(file).module()
+def load_program(file: Path) -> Any:
+    """The saved `ExportedProgram`; its `module()` runs."""
+    return torch.export.load(file)
 
 
 def check_compiler() -> None:

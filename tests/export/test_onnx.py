@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from export_support import convert
 
 import quantkit
 from quantkit.errors import DestinationError, UsageError
@@ -24,21 +25,9 @@ from quantkit.kernels.dispatch import use_reference
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-FORMATS: dict[str, dict[str, Any]] = {
-    "gptq": {"bits": 4, "group_size": 32, "desc_act": True},
-    "awq": {"group_size": 32},
-    "hqq": {"bits": 4, "group_size": 32},
-    "nf4": {"block_size": 64},
-    "fp8": {},
-    "ternary": {},
-}
-
 
 def converted(tiny: Callable[..., Path], tmp_path: Path, family: str, format: str, **options: Any) -> Path:
-    out = tmp_path / f"{family}-{format}"
-    calibrated = {"samples": 2, "seqlen": 32} if format in ("gptq", "awq") else {}
-    quantkit.convert(tiny(family), out, format=format, options=options or FORMATS[format], **calibrated)
-    return out
+    return convert(tiny(family), tmp_path / f"{family}-{format}", format, **options)
 
 
 def compare_fresh(checkpoint: Path, artifact: Path, batch: int, prompt: int, *, level: int = 1) -> float:

@@ -11,10 +11,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from export_support import FORMATS
 
 import quantkit
 from quantkit.cli.app import run
@@ -22,7 +22,6 @@ from quantkit.encoding import Codebook, Float8, PackedWeight, pack_affine
 from quantkit.errors import UsageError
 from quantkit.export import aten_layers
 from quantkit.export.api import export
-from quantkit.export.result import ExportResult
 from quantkit.generate import _tokens
 from quantkit.kernels import reference
 from quantkit.kernels.dispatch import use_reference
@@ -121,55 +120,6 @@ def test_ternary_layer_keeps_the_integer_product() -> None:
     with torch.no_grad():
         got = aten_layers.aten_layer(QuantLinear(packed))(x)
     assert torch.equal(got, reference.quant_linear(x, packed, None))
-
-
-FORMATS: dict[str, dict[str, Any]] = {
-    "gptq": {"bits": 4, "group_size": 32, "desc_act": True},
-    "awq": {"group_size": 32},
-    "hqq": {"bits": 4, "group_size": 32},
-    "nf4": {"block_size": 64},
-    "fp8": {},
-    "ternary": {},
-}
-
-
-FAMILIES = ["llama", "qwen2", "gemma2", "gemma3", "phi3", "mixtral"]
-#: Every format and every family of the matrix once: what the continuous integration runs.
-DIAGONAL = list(zip(["qwen2", "llama", "phi3", "gemma2", "gemma3", "mixtral"], FORMATS))
-
-
-def check(source: Path, tmp_path: Path, format: str) -> ExportResult:
-    """Convert and export; the proof holds to float32 accuracy, and the graph has no operator of quantkit's."""
-    calibrated = {"samples": 2, "seqlen": 32} if format in ("gptq", "awq") else {}
-    quantkit.convert(source, tmp_path / "q", format=format, options=FORMATS[format], **calibrated)
-    result = export(tmp_path / "q", tmp_path / "out", to="torch")
-    assert result.proof is not None and result.proof.steps == 10
-    assert result.proof.relative_error < (2e-2 if format in ("fp8", "ternary") else 1e-5)
-    assert not [kind for kind in result.nodes if not kind.startswith(("aten.", "<built-in", "_operator"))]
-    return result
-
-
-@pytest.mark.parametrize(("family", "format"), DIAGONAL)
-def test_diagonal(tiny: Callable[..., Path], tmp_path: Path, family: str, format: str) -> None:
-    check(tiny(family), tmp_path, format)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("format", list(FORMATS))
-@pytest.mark.parametrize("family", FAMILIES)
-def test_matrix(tiny: Callable[..., Path], tmp_path: Path, family: str, format: str) -> None:
-    if (family, format) in DIAGONAL:
-        pytest.skip("test_diagonal runs this one")
-    check(tiny(family), tmp_path, format)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("format", list(FORMATS))
-def test_example(tmp_path: Path, format: str) -> None:
-    """A trained model in every format, the artifact within 3 % of the checkpoint."""
-    result = check(EXAMPLES / "pydoc-llama-7m", tmp_path, format)
-    print(format, result.artifact_bytes / result.checkpoint_bytes, result.proof)
-    assert result.artifact_bytes <= 1.03 * result.checkpoint_bytes
 
 
 def documented(heading: str) -> list[list[str]]:
