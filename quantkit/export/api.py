@@ -6,7 +6,6 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,8 @@ import quantkit
 from quantkit.checkpoint import CheckpointReader
 from quantkit.errors import QuantkitError, UsageError, did_you_mean
 from quantkit.export import decoder as decoders
-from quantkit.export.proof import (
-    Expected,
-    Proof,
-    Runner,
-    compare,
-    expect,
-    expect_again,
-    furthest,
-    largest_logit,
-)
+from quantkit.export.proof import Proof
+from quantkit.export.reference import Reference, run_reference
 from quantkit.export.result import ExportResult
 from quantkit.export.stage import MANIFEST, staged
 from quantkit.hub import resolve_model
@@ -37,9 +28,6 @@ from quantkit.progress import NullProgress, Progress
 TARGETS = ("onnx", "torch", "aoti", "kernels")
 #: accuracy_level of MatMulNBits: 1 is float32 arithmetic, 4 rounds activations to int8.
 LEVELS = {0: 1, 1: 1, 4: 4}
-#: Default tolerance as a share of the largest logit: float32 arithmetic, and rounding of activations (where a
-#: tie may fall either way).
-EXACT, ROUNDED = 1e-4, 2e-2
 
 
 def export(
@@ -106,7 +94,14 @@ def export(
             notices.append(f"{checkpoint} is not quantized: exported as it is")
         _attach_nested(path, model)
         progress.stage("running the reference")
-        reference = _reference(path, kv_cache, level if to == "onnx" else 1, atol, trust_remote_code)
+        reference = run_reference(
+            path,
+            kv_cache=kv_cache,
+            int8_activations=level == 4,
+            int8_codebooks=level == 4 and not standard,
+            atol=atol,
+            trust_remote_code=trust_remote_code,
+        )
         decoders.prepare(model)
         progress.stage(f"building the {to} artifact")
         if to == "onnx":
@@ -224,53 +219,6 @@ def _check_device(to: str, device: str) -> None:
             raise UsageError("torch sees no CUDA device here", hint="Export on a machine with the GPU.")
 
 
-@dataclass(frozen=True)
-class _Reference:
-    """What the artifact must compute, and how far it may be off; `unrounded` where it rounds activations."""
-
-    expected: Expected
-    allowed: float
-    unrounded: Expected | None
-    unrounded_allowed: float
-
-    def prove_unrounded(self, run: Runner, what: str) -> float | None:
-        """The largest error of an artifact whose rounding was taken out."""
-        assert self.unrounded is not None
-        what = f"{what}, its rounding of activations taken out,"
-        return compare(self.unrounded, run, self.unrounded_allowed, what).max_error
-
-    def prove(self, run: Runner, what: str, unrounded_error: float | None, speed: float | None) -> Proof:
-        """Compare the artifact as it is."""
-        proof = compare(self.expected, run, self.allowed, what, self.unrounded)
-        return replace(
-            proof,
-            artifact_tokens_per_second=speed,
-            source_tokens_per_second=self.expected.tokens_per_second or None,
-            unrounded_error=unrounded_error,
-            unrounded_atol=None if unrounded_error is None else self.unrounded_allowed,
-        )
-
-
-def _reference(
-    path: Any, kv_cache: bool, level: int, atol: float | None, trust_remote_code: bool
-) -> _Reference:
-    """The reference model is loaded, run and dropped before the export's own copy is changed."""
-    activations = "int8" if level == 4 else "exact"
-    model = load(path, dtype=torch.float32, cpu_activations=activations, trust_remote_code=trust_remote_code)
-    expected = expect(model, use_cache=kv_cache)
-    exact = EXACT * largest_logit(expected)
-    layers = [m for m in model.modules() if isinstance(m, QuantLinear) and (m.activation or m.cpu_activation)]
-    if not layers:
-        return _Reference(expected, exact if atol is None else atol, None, 0.0)
-    for layer in layers:
-        layer.activation = layer.cpu_activation = None
-    unrounded = expect_again(model, expected)
-    allowed = max(ROUNDED * largest_logit(expected), 2 * furthest(expected, unrounded))
-    if atol is not None:
-        return _Reference(expected, atol, unrounded, atol)
-    return _Reference(expected, allowed, unrounded, exact)
-
-
 def _attach_nested(path: Any, model: Any) -> None:
     """Give NF4 layers the doubly quantized scales of the file, which loading decodes to float32."""
     with CheckpointReader(path) as reader:
@@ -301,7 +249,7 @@ def _module(model: Any, name: str) -> QuantLinear | None:
 def _onnx(
     model: Any,
     folder: Path,
-    reference: _Reference,
+    reference: Reference,
     opset: int,
     kv_cache: bool,
     level: int,
@@ -348,7 +296,7 @@ def _onnx(
 
 
 def _program(
-    model: Any, folder: Path, reference: _Reference, to: str, keep_ops: bool, device: str
+    model: Any, folder: Path, reference: Reference, to: str, keep_ops: bool, device: str
 ) -> tuple[dict[str, int], Proof]:
     from quantkit.export import program, unrounded
 

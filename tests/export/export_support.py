@@ -64,7 +64,9 @@ def damage(
     original = decoder.prepare
 
     def damaged(model: Any) -> None:
-        tensor = getattr(model.get_submodule(layer), part)
+        module = model.get_submodule(layer)
+        module.nested_absmax = None  # or NF4's doubly quantized scales would be written instead
+        tensor = getattr(module, part)
         tensor.data = change(tensor.data.clone())
         original(model)
 

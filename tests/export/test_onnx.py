@@ -16,8 +16,10 @@ import torch
 from export_support import convert
 
 import quantkit
+from quantkit.algorithms.codebook import table
 from quantkit.errors import DestinationError, UsageError
 from quantkit.export.api import export
+from quantkit.export.onnx_codebook import planes
 from quantkit.export.onnx_graph import CacheShape
 from quantkit.export.onnx_run import OnnxRunner
 from quantkit.kernels.dispatch import use_reference
@@ -63,8 +65,8 @@ def test_fresh_inputs(
     result = export(checkpoint, tmp_path / "onnx")
     assert result.proof.steps == 10 and result.proof.max_error <= result.proof.atol
     # q, k, v are one product, and gate and up; with act-order the columns of x are gathered once for them.
-    operator, count = {"gptq": ("MatMulNBits", 8), "nf4": ("MatMulBnb4", 14)}[format]
-    assert result.nodes[f"com.microsoft::{operator}"] == count
+    operator, count = {"gptq": ("com.microsoft::MatMulNBits", 8), "nf4": ("MatMul", 15)}[format]
+    assert result.nodes[operator] == count
     assert result.nodes["com.microsoft::GroupQueryAttention"] == 2
     for batch, prompt in ((1, 1), (1, 17), (3, 5)):
         assert compare_fresh(checkpoint, tmp_path / "onnx", batch, prompt) < limit
@@ -98,6 +100,41 @@ def test_int8_activations(tiny: Callable[..., Path], tmp_path: Path) -> None:
     rounded = compare_fresh(checkpoint, tmp_path / "onnx", 2, 6, level=4)
     assert result.proof.relative_error < 2e-2 and rounded < 2e-2
     assert exact > 1e-4  # int8 arithmetic did run
+
+
+@pytest.mark.parametrize(("kind", "limit"), [("nf4", 7e-6), ("fp4", 4e-8)])
+def test_a_codebook_is_the_sum_of_two_planes(kind: str, limit: float) -> None:
+    """To ten times float32's own step for NF4: what the proof without rounding then sees is far below 1e-4."""
+    values = table(kind).double()
+    made = planes(tuple(values.tolist()))
+    total = sum(plane.unit * (plane.codes.double() - 128) for plane in made)
+    assert float((total - values).abs().max()) < limit
+    # And nothing assumes that the largest value is 1:
+    wide = planes(tuple((values * 3).tolist()))
+    assert float((sum(p.unit * (p.codes.double() - 128) for p in wide) - 3 * values).abs().max()) < 3 * limit
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_nf4_with_int8_activations(tiny: Callable[..., Path], tmp_path: Path, double_quant: bool) -> None:
+    source = tiny("qwen2", intermediate_size=128)  # whole blocks in every row
+    checkpoint = convert(source, tmp_path / "nf4", "nf4", block_size=64, double_quant=double_quant)
+    result = export(checkpoint, tmp_path / "onnx", accuracy_level=4)
+    # Products of one input are one node, planes included: q, k, v and gate, up; o and down.
+    assert result.nodes["com.microsoft::MatMulNBits"] == 8
+    proof = result.proof
+    assert proof is not None and proof.unrounded_error is not None
+    assert proof.unrounded_error < 1e-5 * proof.largest_logit
+    data = (tmp_path / "onnx/model.onnx.data").stat().st_size
+    assert data <= 1.03 * result.checkpoint_bytes + 8192
+
+
+def test_blocks_that_straddle_rows_are_looked_up(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """NF4's blocks count through the flattened weight: 96 inputs are no whole number of 64."""
+    source = tiny("llama", hidden_size=96, intermediate_size=160, num_attention_heads=6)
+    quantkit.convert(source, tmp_path / "nf4", format="nf4", options={"block_size": 64})
+    result = export(tmp_path / "nf4", tmp_path / "onnx", accuracy_level=4)
+    assert "com.microsoft::MatMulNBits" not in result.nodes and result.proof is not None
+    assert result.proof.relative_error < 1e-5 and result.proof.unrounded_error is None
 
 
 def test_standard_operators_only(tiny: Callable[..., Path], tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from export_support import convert, damage
 from torch import Tensor
 
 from quantkit.errors import NumericsError
-from quantkit.export import api
+from quantkit.export import api, reference
 from quantkit.export.api import export
+from quantkit.kernels import reference as kernels
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -22,6 +23,7 @@ pytest.importorskip("onnxscript")
 ROUNDED = [
     ("fp8", 1, "onnx"),
     ("gptq", 4, "onnx"),
+    ("nf4", 4, "onnx"),
     *(
         pytest.param(*case, marks=pytest.mark.slow)
         for case in (("ternary", 1, "onnx"), ("fp8", 1, "torch"), ("ternary", 1, "torch"))
@@ -54,7 +56,7 @@ def test_a_right_export_passes_where_rounding_grows(
     checkpoint = convert(deep(tiny), tmp_path / "ckpt", "fp8")
     proof = export(checkpoint, tmp_path / "out", to=target).proof
     assert proof is not None and proof.unrounded_error is not None and proof.unrounded_atol is not None
-    assert proof.atol > api.ROUNDED * proof.largest_logit  # the fixed share alone could refuse it
+    assert proof.atol > reference.ROUNDED * proof.largest_logit  # the fixed share alone could refuse it
     assert proof.unrounded_error <= proof.unrounded_atol <= 1.01e-4 * proof.largest_logit
 
 
@@ -91,30 +93,29 @@ def test_rounding_alone_would_hide_one_wrong_scale(
     """The comparison of the artifact as it is passes the damage of the test above: the other one is needed."""
     checkpoint = convert(tiny("llama"), tmp_path / "ckpt", format)
     damage(monkeypatch, LAYER, "scale", one_scale)
-    monkeypatch.setattr(api._Reference, "prove_unrounded", lambda *_: None)
+    monkeypatch.setattr(reference.Reference, "prove_unrounded", lambda *_: None)
     proof = export(checkpoint, tmp_path / "out", to=to, accuracy_level=level).proof
-    assert proof is not None and proof.max_error > api.EXACT * proof.largest_logit
+    assert proof is not None and proof.max_error > reference.EXACT * proof.largest_logit
 
 
 def test_wrong_rounding_fails(
     tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights are right, but activations are rounded to three levels instead of 255."""
-    from quantkit.kernels import reference
 
     def coarse(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         scale = 1.0 / x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-5)
         return (x * scale).round().clamp(-128, 127), scale
 
     checkpoint = convert(tiny("llama"), tmp_path / "ckpt", "ternary")
-    made = api._reference
+    made = api.run_reference
 
-    def reference_then_coarse(*arguments: Any) -> Any:
-        got = made(*arguments)
-        monkeypatch.setattr(reference, "int8_per_token", coarse)
+    def reference_then_coarse(*arguments: Any, **options: Any) -> Any:
+        got = made(*arguments, **options)
+        monkeypatch.setattr(kernels, "int8_per_token", coarse)
         return got
 
-    monkeypatch.setattr(api, "_reference", reference_then_coarse)
+    monkeypatch.setattr(api, "run_reference", reference_then_coarse)
     with pytest.raises(NumericsError, match="the ONNX model differs from the checkpoint"):
         export(checkpoint, tmp_path / "onnx")
 
