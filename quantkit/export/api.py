@@ -77,7 +77,9 @@ def export(
     size = sum(f.stat().st_size for f in Path(path).iterdir() if f.name.endswith(".safetensors"))
     notices: list[str] = []
     level = LEVELS[accuracy_level]
-    with staged(output, overwrite=overwrite, source=Path(path), need_bytes=int(size * 1.1)) as folder:
+    # A .pt2 is written twice: as torch does, then smaller.
+    need = int(size * (2.2 if to == "torch" else 1.1))
+    with staged(output, overwrite=overwrite, source=Path(path), need_bytes=need) as folder:
         if to != "kernels":  # what cannot be traced is named before weights are read
             with CheckpointReader(path) as reader:
                 decoders.check_supported(build_meta_model(Path(path), reader.config, trust_remote_code)[1])
@@ -105,9 +107,9 @@ def export(
         decoders.prepare(model)
         progress.stage(f"building the {to} artifact")
         if to == "onnx":
-            nodes, proof = _onnx(model, folder, reference, opset, kv_cache, level, standard)
+            nodes, proof = _onnx(model, folder, reference, opset, kv_cache, level, standard, progress)
         else:
-            nodes, proof = _program(model, folder, reference, to, keep_ops, device)
+            nodes, proof = _program(model, folder, reference, to, keep_ops, device, progress)
         progress.stage("publishing")
         _copy_files(path, folder)
         settings = {"target": to, "device": device, "format": model.quantkit_layout, "keep_ops": keep_ops}
@@ -254,6 +256,7 @@ def _onnx(
     kv_cache: bool,
     level: int,
     standard: bool,
+    progress: Progress,
 ) -> tuple[dict[str, int], Proof]:
     import onnx
 
@@ -285,6 +288,7 @@ def _onnx(
     if kv_cache:
         config = genai_config(model, shape, contrib=contrib, positions=decoder.takes_positions)
         (folder / "genai_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    progress.stage("proving the artifact")
     what, unrounded_error = "the ONNX model", None
     if reference.unrounded is not None:
         unrounded_error = reference.prove_unrounded(
@@ -296,7 +300,13 @@ def _onnx(
 
 
 def _program(
-    model: Any, folder: Path, reference: Reference, to: str, keep_ops: bool, device: str
+    model: Any,
+    folder: Path,
+    reference: Reference,
+    to: str,
+    keep_ops: bool,
+    device: str,
+    progress: Progress,
 ) -> tuple[dict[str, int], Proof]:
     from quantkit.export import program, unrounded
 
@@ -315,7 +325,9 @@ def _program(
         # A package cannot be changed: there it is the program that will be compiled.
         unrounded_error = reference.prove_unrounded(runner(unrounded.program(exported)), what)
     if to == "aoti":
+        progress.stage(f"compiling for {device} (minutes)")
         run = program.compile_package(exported, file)
+    progress.stage("proving the artifact")
     artifact = runner(run)
     return nodes, reference.prove(artifact, what, unrounded_error, artifact.tokens_per_second())
 

@@ -9,15 +9,17 @@ nothing but torch loads and runs the file; the weights stay packed in it and are
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import struct
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -84,8 +86,52 @@ def save(program: Any, file: Path) -> None:
         for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node", "torch_fn"):
             node.meta.pop(key, None)
     program.example_inputs = None  # shapes are in the graph; the values would be 60 KB for four layers
-    torch.export.save(program, file)
+    with _sink(file) as sink:
+        torch.export.save(program, sink)
     _deflate_graph(file)
+
+
+class _Sink(io.RawIOBase):
+    """A file that takes everything and remembers the first error.
+
+    torch's archive writer ends the process (std::terminate) when a write fails, as on a full disk.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.written = file, 0
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            if self.error is None:
+                self.file.write(data)
+        except OSError as error:
+            self.error = error
+        size = memoryview(data).nbytes
+        self.written += size
+        return size
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:  # asked for, and at the end used to go back to the start
+        return True
+
+    def seek(self, *_: Any) -> int:
+        return 0
+
+    def tell(self) -> int:
+        return self.written
+
+
+@contextmanager
+def _sink(file: Path) -> Iterator[Any]:
+    """Something to write `file` through; OSError at the end if that failed."""
+    with file.open("wb") as raw:
+        sink = _Sink(raw)
+        yield sink
+    if sink.error is not None:
+        raise sink.error
 
 
 def _deflate_graph(file: Path) -> None:
@@ -120,7 +166,8 @@ def compile_package(program: Any, file: Path) -> Callable[..., Any]:
     """AOTInductor's package for the device that `program` was traced on; returns it loaded."""
     check_compiler()
     with quiet(), torch.no_grad():
-        torch._inductor.aoti_compile_and_package(program, package_path=str(file))
+        with _sink(file) as sink:
+            torch._inductor.aoti_compile_and_package(program, package_path=sink)
     return torch._inductor.aoti_load_package(str(file))
 
 

@@ -172,16 +172,19 @@ def compare(
     if worst > atol:
         raise NumericsError(
             f"{what} differs from the checkpoint by {worst:.3g} (largest logit {largest:.3g}, allowed {atol:g}); "
-            + first_difference(expected, present, unrounded),
+            + first_difference(expected, present, (squared / max(total, 1e-30)) ** 0.5, unrounded),
             hint="Nothing was published. Allow more with --atol, or report this.",
         )
     return Proof(worst, (squared / max(total, 1e-30)) ** 0.5, largest, len(expected.calls) - 1, atol)
 
 
-def first_difference(expected: Expected, present: list[Tensor], unrounded: Expected | None = None) -> str:
+def first_difference(
+    expected: Expected, present: list[Tensor], in_logits: float, unrounded: Expected | None = None
+) -> str:
     """Which layer's keys or values are the first whose relative error leaps: to ten times all before it.
 
-    What float32 arithmetic (1e-5) and rounding (twice the distance to `unrounded`) explain is no leap.
+    `in_logits` is the relative error of the logits. What float32 arithmetic (1e-5) and rounding (twice the
+    distance to `unrounded`) explain is no leap.
     """
     if len(present) != len(expected.cache) or not present:
         return "without a cache the layer is unknown"
@@ -203,4 +206,9 @@ def first_difference(expected: Expected, present: list[Tensor], unrounded: Expec
                 f": layer {layer - 1} or {layer} diverges" if layer else ""
             )
         errors.append(error)
-    return "no layer's keys or values stand out: the difference is in the last layer's output, the norm or the head"
+    if in_logits <= 10 * max(errors):
+        return (
+            f"no layer stands out: {errors[0]:.2g} in the first layer's keys grows to {errors[-1]:.2g} in the last's "
+            f"values and {in_logits:.2g} in the logits"
+        )
+    return "keys and values of all layers agree: it is in the last layer's output, the norm or the head"

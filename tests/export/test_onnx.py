@@ -137,6 +137,44 @@ def test_blocks_that_straddle_rows_are_looked_up(tiny: Callable[..., Path], tmp_
     assert result.proof.relative_error < 1e-5 and result.proof.unrounded_error is None
 
 
+def test_groups_that_no_operator_takes(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """Groups of 24: looked up when the file is opened; the file stays packed."""
+    source = tiny("llama", hidden_size=96, intermediate_size=192, num_attention_heads=6)
+    checkpoint = convert(source, tmp_path / "hqq", "hqq", bits=4, group_size=24)
+    result = export(checkpoint, tmp_path / "onnx")
+    assert "com.microsoft::MatMulNBits" not in result.nodes
+    assert compare_fresh(checkpoint, tmp_path / "onnx", 2, 6) < 1e-5
+    assert (tmp_path / "onnx/model.onnx.data").stat().st_size <= 1.03 * result.checkpoint_bytes + 8192
+
+
+def test_fp8_by_rows(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """One scale per row is DequantizeLinear's axis; blocks of 128 x 128 are what the matrix runs."""
+    options = {"scheme": "channel", "layout": "compressed-tensors"}
+    result = export(convert(tiny("llama"), tmp_path / "fp8", "fp8", **options), tmp_path / "onnx")
+    assert result.nodes["DequantizeLinear"] == 14
+    proof = result.proof
+    assert proof is not None and proof.unrounded_error is not None
+    assert proof.unrounded_error < 1e-5 * proof.largest_logit
+
+
+def test_without_a_cache_and_over_an_older_export(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """`kv_cache=False`: logits of whole prompts, of any batch and length; an export replaces an export."""
+    checkpoint = converted(tiny, tmp_path, "llama", "gptq")
+    export(checkpoint, tmp_path / "onnx")
+    result = export(checkpoint, tmp_path / "onnx", kv_cache=False, overwrite=True)
+    assert result.proof is not None and result.proof.steps == 0
+    assert not (tmp_path / "onnx/genai_config.json").exists()  # nothing of the older one is left
+    model = quantkit.load(checkpoint, dtype="float32")
+    runner = OnnxRunner(tmp_path / "onnx", CacheShape.of(model), use_cache=False, level=1)
+    assert [value.name for value in runner.session.get_outputs()] == ["logits"]
+    for batch, length in ((1, 1), (3, 11)):
+        ids, ones = torch.randint(3, 256, (batch, length)), torch.ones(batch, length, dtype=torch.int64)
+        with torch.no_grad(), use_reference():
+            want = model(input_ids=ids).logits
+        got, cache = runner(ids, ones, torch.arange(length)[None].repeat(batch, 1))
+        assert not cache and float((got - want).norm() / want.norm()) < 1e-5
+
+
 def test_standard_operators_only(tiny: Callable[..., Path], tmp_path: Path) -> None:
     checkpoint = converted(tiny, tmp_path, "llama", "gptq", bits=4, group_size=32)
     result = export(checkpoint, tmp_path / "onnx", standard=True, opset=21, kv_cache=True)

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from export_support import FORMATS
+from export_support import FORMATS, convert
 
 import quantkit
 from quantkit.cli.app import run
 from quantkit.encoding import Codebook, Float8, PackedWeight, pack_affine
 from quantkit.errors import UsageError
-from quantkit.export import aten_layers
+from quantkit.export import aten_layers, program
 from quantkit.export.api import export
 from quantkit.generate import _tokens
 from quantkit.kernels import reference
@@ -65,6 +65,26 @@ def test_runs_without_quantkit_and_triton(tiny: Callable[..., Path], tmp_path: P
         EXAMPLES / "run-pt2/generate.py", str(tmp_path / "out"), ",".join(map(str, prompt)), "12"
     )
     assert made == greedy(checkpoint, prompt, 12)
+
+
+def test_fresh_sizes(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """Other batches, prompts and cache lengths than the proof's: prompt, three tokens at once, one."""
+    checkpoint = convert(tiny("qwen2"), tmp_path / "gptq", "gptq")
+    export(checkpoint, tmp_path / "out", to="torch")
+    run = torch.export.load(tmp_path / "out/model.pt2").module()
+    model = quantkit.load(checkpoint, dtype="float32")
+    for batch, prompt, length in ((1, 1, 16), (1, 17, 64), (3, 5, 9)):
+        runner = program.StaticRunner(run, program.cache_shape(model), length=length)
+        ids, cache, done = torch.randint(3, 256, (batch, prompt + 4)), None, 0
+        for count in (prompt, 3, 1):
+            part = ids[:, done : done + count]
+            done += count
+            with torch.no_grad(), use_reference():
+                out = model(input_ids=part, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            positions = torch.arange(done - count, done)[None].repeat(batch, 1)
+            got, _ = runner(part, torch.ones(batch, done, dtype=torch.int64), positions)
+            assert float((got - out.logits).norm() / out.logits.norm()) < 1e-5
 
 
 def test_keep_ops(tiny: Callable[..., Path], tmp_path: Path) -> None:
