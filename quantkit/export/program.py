@@ -13,6 +13,7 @@ import io
 import os
 import shutil
 import struct
+import tempfile
 import time
 import zipfile
 from collections import Counter
@@ -24,11 +25,12 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from quantkit.errors import UsageError
+from quantkit.errors import DestinationError, UsageError
 from quantkit.export.aten_layers import aten_layer
 from quantkit.export.decoder import StaticDecoder
 from quantkit.export.onnx_graph import CacheShape, quiet
 from quantkit.linear import QuantLinear
+from quantkit.staging import FULL
 
 MODEL = "model.pt2"
 
@@ -165,9 +167,23 @@ def check_compiler() -> None:
 def compile_package(program: Any, file: Path) -> Callable[..., Any]:
     """AOTInductor's package for the device that `program` was traced on; returns it loaded."""
     check_compiler()
-    with quiet(), torch.no_grad():
-        with _sink(file) as sink:
+    try:
+        with quiet(), torch.no_grad(), _sink(file) as sink:
             torch._inductor.aoti_compile_and_package(program, package_path=sink)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        inner = getattr(error, "inner_exception", error)  # of torch's InductorError
+        if isinstance(inner, OSError) and inner.errno in FULL:
+            raise DestinationError(
+                f"The disk is full while compiling: AOTInductor writes to {tempfile.gettempdir()} too",
+                hint="Free space there, or name another place with TMPDIR.",
+            ) from error
+        lines = [line for line in str(inner).splitlines() if line.strip()] or [""]
+        raise UsageError(
+            f"AOTInductor cannot compile the program: {type(inner).__name__}: {lines[0][:200]}",
+            hint="Check the compiler, or export --to torch; --debug shows the traceback.",
+        ) from error
     return torch._inductor.aoti_load_package(str(file))
 
 

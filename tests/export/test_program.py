@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -85,6 +86,28 @@ def test_fresh_sizes(tiny: Callable[..., Path], tmp_path: Path) -> None:
             positions = torch.arange(done - count, done)[None].repeat(batch, 1)
             got, _ = runner(part, torch.ones(batch, done, dtype=torch.int64), positions)
             assert float((got - out.logits).norm() / out.logits.norm()) < 1e-5
+
+
+def test_a_full_disk_is_an_error_while_torch_writes() -> None:
+    """torch's own writer would end the process. Archives go through a file that remembers the error."""
+    made = torch.export.export(torch.nn.Linear(400, 400), (torch.zeros(2, 400),))
+    with pytest.raises(OSError, match="No space left"):
+        program.save(made, Path("/dev/full"))
+
+
+def test_a_compiler_that_fails(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("C++ compile error\nwith many lines")
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", fails)
+    monkeypatch.setattr(program, "check_compiler", lambda: None)
+    with pytest.raises(
+        UsageError, match=r"AOTInductor cannot compile the program: RuntimeError: C\+\+ compile error\."
+    ):
+        export(tiny("llama"), tmp_path / "out", to="aoti")
+    assert not list(tmp_path.iterdir())
 
 
 def test_keep_ops(tiny: Callable[..., Path], tmp_path: Path) -> None:
