@@ -215,6 +215,7 @@ QUICK = {
 
 def aoti(formats: list[str], device: str) -> int:
     """One layer of a tiny random Llama, compiled by AOTInductor; the export's own proof decides."""
+    import torch._inductor.config
     import transformers
 
     import quantkit

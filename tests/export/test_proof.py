@@ -11,6 +11,7 @@ import torch
 from export_support import convert, damage
 from torch import Tensor
 
+from quantkit.cli.app import run
 from quantkit.errors import NumericsError
 from quantkit.export import api, reference
 from quantkit.export.api import export
@@ -131,3 +132,16 @@ def test_kept_operators(
     damage(monkeypatch, LAYER, "scale", one_scale)
     with pytest.raises(NumericsError, match=r"first seen in the keys of layer 1 "):
         export(checkpoint, tmp_path / "wrong", to="torch", keep_ops=True)
+
+
+def test_the_summary_prints_both_errors(
+    tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    convert(tiny("llama"), tmp_path / "ckpt", "gptq")
+    arguments = ["export", str(tmp_path / "ckpt"), "-o", str(tmp_path / "out"), "--accuracy-level", "4"]
+    assert run([*arguments]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "with the rounding of activations taken out (allowed " in said and "largest error" in said
+    # --atol replaces both allowances.
+    assert run([*arguments, "--overwrite", "--atol", "1e-9"]) == NumericsError.exit_code
+    assert (tmp_path / "out/model.onnx").is_file()  # the older export is still there
