@@ -29,7 +29,7 @@ from typing import BinaryIO
 from quantkit.errors import DestinationError
 from quantkit.untrusted import show
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def fsync_dir(path: Path) -> None:
@@ -75,7 +75,7 @@ def disk_errors(dest: Path, needed: int | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in FULL:
             with contextlib.suppress(OSError):
                 free = shutil.disk_usage(dest.parent).free
                 sizes = f": {needed} bytes needed, {free} free" if needed else f": {free} bytes free"

@@ -119,7 +119,7 @@ def random_llama(folder: Path, hidden: int) -> None:
         num_key_value_heads=8,
         num_hidden_layers=4,
         vocab_size=32000 if hidden == 2048 else 4096,
-        max_position_embeddings=2048,
+        max_position_embeddings=8192 if hidden == 2048 else 2048,
     )
     transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):

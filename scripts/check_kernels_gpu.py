@@ -3,7 +3,7 @@
     PYTHONPATH=. python scripts/check_kernels_gpu.py              builds for the GPU that is here and checks
     PYTHONPATH=. python scripts/check_kernels_gpu.py build DIR -t sm_90       elsewhere, without a GPU
     PYTHONPATH=. python scripts/check_kernels_gpu.py check DIR                only checks such a directory
-    PYTHONPATH=. python scripts/check_kernels_gpu.py aoti                     only AOTInductor for CUDA
+    PYTHONPATH=. python scripts/check_kernels_gpu.py aoti [--formats hqq nf4]  only AOTInductor for CUDA
 
 One module holds a layer per encoding; `--to kernels` exports it. A child process in which importing Triton
 fails loads the binaries through `quantkit.export.aot`. Exit code 1 if anything differs.
@@ -22,6 +22,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+
+from quantkit.progress import NullProgress
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = (1, 7, 16, 64, 100, 300)
@@ -193,8 +195,27 @@ def c_example(folder, manifest, model, inputs, results, scratch: Path) -> tuple[
     return lines, failures
 
 
-def aoti() -> tuple[list[str], int]:
-    """A tiny random Llama in two formats, compiled for CUDA; the export's own proof decides."""
+class Steps(NullProgress):
+    """Prints what an export is doing as it begins, with the time: compiling takes minutes on a new machine."""
+
+    def __init__(self) -> None:
+        self.begin = time.perf_counter()
+
+    def stage(self, text: str) -> None:
+        print(f"  {time.perf_counter() - self.begin:5.0f} s  {text}", flush=True)
+
+
+#: Compile as little as possible, as quickly as possible: what is checked is right or wrong, not fast.
+QUICK = {
+    "aot_inductor.compile_wrapper_opt_level": "O0",
+    "aot_inductor.precompile_headers": False,
+    "triton.autotune_pointwise": False,
+}
+
+
+def aoti(formats: list[str], device: str) -> int:
+    """One layer of a tiny random Llama, compiled by AOTInductor; the export's own proof decides."""
+    import torch._inductor.config
     import transformers
 
     import quantkit
@@ -202,25 +223,28 @@ def aoti() -> tuple[list[str], int]:
 
     torch.manual_seed(2)
     config = transformers.LlamaConfig(
-        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=256, max_position_embeddings=128,
+        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, vocab_size=128, max_position_embeddings=64,
     )  # fmt: skip
-    lines, failures = [], 0
-    with tempfile.TemporaryDirectory() as folder:
+    known = torch._inductor.config.get_config_copy()
+    quick = {name: value for name, value in QUICK.items() if name in known}
+    failures = 0
+    with tempfile.TemporaryDirectory() as folder, torch._inductor.config.patch(quick):
         transformers.LlamaForCausalLM(config).half().save_pretrained(f"{folder}/source")
-        for name in ("hqq", "nf4"):
-            begin = time.perf_counter()
+        for name in formats:
+            begin, progress = time.perf_counter(), Steps()
             quantkit.convert(f"{folder}/source", f"{folder}/{name}", format=name)
+            progress.stage("converted")
             try:
                 proof = quantkit.export(
-                    f"{folder}/{name}", f"{folder}/{name}-aoti", to="aoti", device="cuda"
+                    f"{folder}/{name}", f"{folder}/{name}-aoti", to="aoti", device=device, progress=progress
                 ).proof
                 said = f"error {proof.max_error:.1e} of logits up to {proof.largest_logit:.2f}  ok"
                 said += f"  {proof.artifact_tokens_per_second:.0f} tokens/s"
             except QuantkitError as error:
                 failures, said = failures + 1, f"FAILED: {error}"
-            lines.append(f"aoti cuda, {name:4} {time.perf_counter() - begin:4.0f} s  {said}")
-    return lines, failures
+            print(f"aoti {device}, {name:4} {time.perf_counter() - begin:4.0f} s  {said}", flush=True)
+    return failures
 
 
 def main() -> int:
@@ -228,6 +252,8 @@ def main() -> int:
     parser.add_argument("what", nargs="?", choices=["build", "check", "aoti"])
     parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("-t", "--target", action="append")
+    parser.add_argument("--formats", nargs="+", default=["hqq"], help="aoti: hqq, nf4, fp8, ...")
+    parser.add_argument("--device", default="cuda", help="aoti: cuda, or cpu to try this script")
     options = parser.parse_args()
     if options.what == "build":
         build(options.folder, options.target or ["sm_90"])
@@ -240,9 +266,8 @@ def main() -> int:
             major, minor = torch.cuda.get_device_capability()
             build(Path(folder), options.target or [f"sm_{major}{minor}"])
             failures += check(Path(folder))
-    lines, failed = aoti()
-    print("\n".join(lines))
-    return int(bool(failures + failed))
+    failures += aoti(options.formats, options.device)
+    return int(bool(failures))
 
 
 if __name__ == "__main__":

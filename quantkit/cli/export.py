@@ -121,6 +121,9 @@ def _print(result: Any) -> None:
             ("largest error", f"{proof.max_error:.2g} of {kind} up to {proof.largest_logit:.3g} ({allowed})"),
             ("relative error", f"{proof.relative_error:.2g} over {proof.steps} {over}"),
         ]
+    if proof and proof.unrounded_error is not None:
+        without = f"{proof.unrounded_error:.2g} with the rounding of activations taken out"
+        rows.append(("", f"{without} (allowed {proof.unrounded_atol:.2g})"))
     if proof and proof.artifact_tokens_per_second and proof.source_tokens_per_second:
         speeds = (
             f"{proof.artifact_tokens_per_second:.0f} tokens/s; quantkit {proof.source_tokens_per_second:.0f}"

@@ -6,7 +6,6 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,12 @@ import quantkit
 from quantkit.checkpoint import CheckpointReader
 from quantkit.errors import QuantkitError, UsageError, did_you_mean
 from quantkit.export import decoder as decoders
-from quantkit.export.proof import Expected, Proof, compare, expect, rounding_effect
+from quantkit.export.proof import Proof
+from quantkit.export.reference import Reference, run_reference
 from quantkit.export.result import ExportResult
 from quantkit.export.stage import MANIFEST, staged
 from quantkit.hub import resolve_model
-from quantkit.linear import QuantLinear, set_cpu_activations
+from quantkit.linear import QuantLinear
 from quantkit.load import find_quantized, load, read_layer
 from quantkit.meta_model import build_meta_model
 from quantkit.progress import NullProgress, Progress
@@ -28,9 +28,6 @@ from quantkit.progress import NullProgress, Progress
 TARGETS = ("onnx", "torch", "aoti", "kernels")
 #: accuracy_level of MatMulNBits: 1 is float32 arithmetic, 4 rounds activations to int8.
 LEVELS = {0: 1, 1: 1, 4: 4}
-#: Default tolerance as a share of the largest logit: float32 arithmetic, and rounding of activations (where a
-#: tie may fall either way).
-EXACT, ROUNDED = 1e-4, 2e-2
 
 
 def export(
@@ -59,8 +56,9 @@ def export(
         "kernels" (GPU binaries with manifest, C header and packed weights).
     opset, standard, accuracy_level: ONNX only. `standard` uses no operators beyond the ONNX standard;
         `accuracy_level` 4 rounds activations to int8 per block, 1 computes in float32.
-    atol: largest difference of a logit from the quantkit model; None is 1e-4 of the largest logit, or 2e-2
-        where activations are rounded (with `accuracy_level` 4 also twice what rounding itself changes).
+    atol: largest difference of a logit from the quantkit model; None is 1e-4 of the largest logit. Where
+        activations are rounded, 1e-4 is for the artifact with the rounding taken out, and the artifact as it
+        is may differ by 2e-2 or twice what rounding changes, whichever is more.
     kv_cache: False exports a graph without cache inputs and outputs (ONNX only).
     keep_ops: "torch" only: keep quantkit's custom operators instead of decomposing them to aten.
     device: "aoti" only: "cpu" or "cuda", what the package is compiled for.
@@ -79,7 +77,9 @@ def export(
     size = sum(f.stat().st_size for f in Path(path).iterdir() if f.name.endswith(".safetensors"))
     notices: list[str] = []
     level = LEVELS[accuracy_level]
-    with staged(output, overwrite=overwrite, source=Path(path), need_bytes=int(size * 1.1)) as folder:
+    # A .pt2 is written twice: as torch does, then smaller.
+    need = int(size * (2.2 if to == "torch" else 1.1))
+    with staged(output, overwrite=overwrite, source=Path(path), need_bytes=need) as folder:
         if to != "kernels":  # what cannot be traced is named before weights are read
             with CheckpointReader(path) as reader:
                 decoders.check_supported(build_meta_model(Path(path), reader.config, trust_remote_code)[1])
@@ -95,20 +95,21 @@ def export(
         if model.quantkit_layout is None:
             notices.append(f"{checkpoint} is not quantized: exported as it is")
         _attach_nested(path, model)
-        rounded = level == 4 or any(m.activation for m in model.modules() if isinstance(m, QuantLinear))
         progress.stage("running the reference")
-        expected = _expected(path, kv_cache, level if to == "onnx" else 1, trust_remote_code)
-        largest = max(float(t.abs().max()) for t in expected.logits)
-        allowed = largest * (ROUNDED if rounded else EXACT)
-        # A last bit that falls the other way changes all roundings after it: then both sides are as far from
-        # exact arithmetic as rounding takes them, and at most twice that from each other.
-        allowed = atol if atol is not None else max(allowed, 2 * expected.rounding)
+        reference = run_reference(
+            path,
+            kv_cache=kv_cache,
+            int8_activations=level == 4,
+            int8_codebooks=level == 4 and not standard,
+            atol=atol,
+            trust_remote_code=trust_remote_code,
+        )
         decoders.prepare(model)
         progress.stage(f"building the {to} artifact")
         if to == "onnx":
-            nodes, proof = _onnx(model, folder, expected, allowed, opset, kv_cache, level, standard)
+            nodes, proof = _onnx(model, folder, reference, opset, kv_cache, level, standard, progress)
         else:
-            nodes, proof = _program(model, folder, expected, allowed, to, keep_ops, device)
+            nodes, proof = _program(model, folder, reference, to, keep_ops, device, progress)
         progress.stage("publishing")
         _copy_files(path, folder)
         settings = {"target": to, "device": device, "format": model.quantkit_layout, "keep_ops": keep_ops}
@@ -220,17 +221,6 @@ def _check_device(to: str, device: str) -> None:
             raise UsageError("torch sees no CUDA device here", hint="Export on a machine with the GPU.")
 
 
-def _expected(path: Any, kv_cache: bool, level: int, trust_remote_code: bool) -> Expected:
-    """The reference model is loaded, run and dropped before the export's own copy is changed."""
-    activations = "int8" if level == 4 else "exact"
-    model = load(path, dtype=torch.float32, cpu_activations=activations, trust_remote_code=trust_remote_code)
-    expected = expect(model, use_cache=kv_cache)
-    if activations == "int8":
-        set_cpu_activations(model, "exact")
-        expected = replace(expected, rounding=rounding_effect(model, expected))
-    return expected
-
-
 def _attach_nested(path: Any, model: Any) -> None:
     """Give NF4 layers the doubly quantized scales of the file, which loading decodes to float32."""
     with CheckpointReader(path) as reader:
@@ -261,12 +251,12 @@ def _module(model: Any, name: str) -> QuantLinear | None:
 def _onnx(
     model: Any,
     folder: Path,
-    expected: Expected,
-    atol: float,
+    reference: Reference,
     opset: int,
     kv_cache: bool,
     level: int,
     standard: bool,
+    progress: Progress,
 ) -> tuple[dict[str, int], Proof]:
     import onnx
 
@@ -298,32 +288,48 @@ def _onnx(
     if kv_cache:
         config = genai_config(model, shape, contrib=contrib, positions=decoder.takes_positions)
         (folder / "genai_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    progress.stage("proving the artifact")
+    what, unrounded_error = "the ONNX model", None
+    if reference.unrounded is not None:
+        unrounded_error = reference.prove_unrounded(
+            OnnxRunner.unrounded(folder, shape, use_cache=kv_cache), what
+        )
     runner = OnnxRunner(folder, shape, use_cache=kv_cache, level=level)
-    proof = compare(expected, runner, atol, "the ONNX model")
     speed = runner.tokens_per_second() if kv_cache else None
-    return dict(nodes), _with_speed(proof, expected, speed)
+    return dict(nodes), reference.prove(runner, what, unrounded_error, speed)
 
 
 def _program(
-    model: Any, folder: Path, expected: Expected, atol: float, to: str, keep_ops: bool, device: str
+    model: Any,
+    folder: Path,
+    reference: Reference,
+    to: str,
+    keep_ops: bool,
+    device: str,
+    progress: Progress,
 ) -> tuple[dict[str, int], Proof]:
-    from quantkit.export import program
+    from quantkit.export import program, unrounded
+
+    def runner(run: Any) -> program.StaticRunner:
+        return program.StaticRunner(run, program.cache_shape(model), device=device)
 
     exported = program.trace(model, keep_ops=keep_ops, device=device)
-    file = folder / program.MODEL
+    file, what = folder / program.MODEL, f"the {to} program"
+    unrounded_error = None
+    nodes = program.count_nodes(exported)
     if to == "torch":
         program.save(exported, file)
-        run = program.load_program(file)
-    else:
+        exported = program.load_program(file)
+        run = exported.module()
+    if reference.unrounded is not None:
+        # A package cannot be changed: there it is the program that will be compiled.
+        unrounded_error = reference.prove_unrounded(runner(unrounded.program(exported)), what)
+    if to == "aoti":
+        progress.stage(f"compiling for {device} (minutes)")
         run = program.compile_package(exported, file)
-    runner = program.StaticRunner(run, program.cache_shape(model), device=device)
-    proof = compare(expected, runner, atol, f"the {to} program")
-    return program.count_nodes(exported), _with_speed(proof, expected, runner.tokens_per_second())
-
-
-def _with_speed(proof: Proof, expected: Expected, speed: float | None) -> Proof:
-    source = expected.tokens_per_second or None
-    return replace(proof, artifact_tokens_per_second=speed, source_tokens_per_second=source)
+    progress.stage("proving the artifact")
+    artifact = runner(run)
+    return nodes, reference.prove(artifact, what, unrounded_error, artifact.tokens_per_second())
 
 
 def _copy_files(path: Any, folder: Path) -> None:

@@ -6,7 +6,8 @@
     affine, 1 and 3 bits           MatMulNBits on codes widened at load to 4 bits              com.microsoft
     affine, groups not of 16       table lookup of the codes, (q - zero) * scale, MatMul       standard
     affine, BitNet activations     MatMulNBits on the rounded integers, then both scales       com.microsoft
-    NF4, FP4                       MatMulBnb4 on bitsandbytes' bytes                           com.microsoft
+    NF4, FP4, float32 arithmetic   table lookup at load, MatMul                                standard
+    NF4, FP4, int8 activations     sum of two 8-bit MatMulNBits, their codes looked up at load com.microsoft
     fp8                            DequantizeLinear (blocked along K), MatMul                  standard
 
 *At load*: nodes whose inputs are all weights are computed once, when onnxruntime opens the file (its
@@ -30,8 +31,8 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.encoding import Affine, Codebook, Float8, PackedWeight, affine_codes
-from quantkit.export.onnx_base import OnnxLinear, fixed, lookup
-from quantkit.export.onnx_codebook import Bnb4Linear, LookupCodebook, bnb4_type
+from quantkit.export.onnx_base import OnnxLinear, fixed, lookup, matmul_nbits
+from quantkit.export.onnx_codebook import CodebookPlanes, LookupCodebook, plane_block
 from quantkit.kernels import cpu_weights, reference
 from quantkit.kernels.cpu_weights import FLOAT32, INT8
 from quantkit.linear import QuantLinear
@@ -57,7 +58,8 @@ def onnx_layer(layer: QuantLinear, *, level: int, contrib: bool) -> OnnxLinear:
             return LookupAffine(layer)
         return NBitsLinear(layer, block, FLOAT32 if packed.activation else level)
     if isinstance(encoding, Codebook):
-        return Bnb4Linear(layer) if contrib and bnb4_type(packed) is not None else LookupCodebook(layer)
+        block = plane_block(packed) if contrib and level == INT8 else None
+        return LookupCodebook(layer) if block is None else CodebookPlanes(layer, block)
     return Float8Linear(layer)
 
 
@@ -157,25 +159,11 @@ class NBitsLinear(OnnxLinear):
         if b.shape[1] < row:
             b = torch.nn.functional.pad(b, (0, row - b.shape[1]))
         b = b.reshape(self.n, self.blocks, -1)
-        inputs: list[Tensor | None] = [x, b, scales]
+        given = None
         if zeros.numel():
-            inputs.append(zeros if zeros.shape[0] == self.n else zeros.expand(self.n, -1))
-        if bias is not None:
-            inputs += [None] * (5 - len(inputs)) + [bias]
-        return torch.onnx.ops.symbolic(
-            "com.microsoft::MatMulNBits",
-            inputs,
-            {
-                "K": self.k,
-                "N": self.n,
-                "bits": self.width,
-                "block_size": self.block,
-                "accuracy_level": self.level,
-            },
-            dtype=x.dtype,
-            shape=(*x.shape[:-1], self.n),
-            version=1,
-        )
+            given = zeros if zeros.shape[0] == self.n else zeros.expand(self.n, -1)
+        shape = (self.n, self.k)
+        return matmul_nbits(x, b, scales, shape, bits=self.width, level=self.level, zeros=given, bias=bias)
 
     def _per_block(self, per_group: Tensor) -> Tensor:
         if self.per_group == 1:

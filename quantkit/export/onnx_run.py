@@ -9,17 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantkit.export import unrounded
 from quantkit.export.onnx_graph import MODEL, CacheShape, names
 
 
 class OnnxRunner:
     """A `proof.Runner` over `folder/model.onnx`; the cache lives in the object."""
 
-    def __init__(self, folder: Path, shape: CacheShape, *, use_cache: bool, level: int) -> None:
-        self.session = open_session(folder / MODEL, level)
+    def __init__(
+        self, folder: Path, shape: CacheShape, *, use_cache: bool, level: int, graph: bytes | None = None
+    ) -> None:
+        self.session = open_session(folder / MODEL, level, graph)
         self.takes_positions = any(i.name == "position_ids" for i in self.session.get_inputs())
         self.shape, self.use_cache = shape, use_cache
         self.past: list[Any] = []
+
+    @staticmethod
+    def unrounded(folder: Path, shape: CacheShape, *, use_cache: bool) -> OnnxRunner:
+        """The same file with the rounding of activations taken out of its graph."""
+        graph = unrounded.onnx_bytes(folder / MODEL)
+        return OnnxRunner(folder, shape, use_cache=use_cache, level=1, graph=graph)
 
     def __call__(self, ids: Tensor, mask: Tensor, positions: Tensor) -> tuple[Tensor, list[Tensor]]:
         feeds = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
@@ -45,13 +54,21 @@ class OnnxRunner:
         return 1 / sorted(times)[len(times) // 2]
 
 
-def open_session(path: Path, level: int) -> Any:
-    """An onnxruntime session on the CPU with as many threads as torch has."""
+def open_session(path: Path, level: int, graph: bytes | None = None) -> Any:
+    """An onnxruntime session on the CPU with as many threads as torch has.
+
+    `graph`: another graph in place of the one in `path`, over the weights that lie beside it.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     # Or onnxruntime fuses DequantizeLinear + MatMul with int8 activations on its own account.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(level))
+    if graph is not None:
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(path.parent)
+        )
     options.intra_op_num_threads = torch.get_num_threads()
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    source = str(path) if graph is None else graph
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])

@@ -9,24 +9,28 @@ nothing but torch loads and runs the file; the weights stay packed in it and are
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import struct
+import tempfile
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
-from quantkit.errors import UsageError
+from quantkit.errors import DestinationError, UsageError
 from quantkit.export.aten_layers import aten_layer
 from quantkit.export.decoder import StaticDecoder
 from quantkit.export.onnx_graph import CacheShape, quiet
 from quantkit.linear import QuantLinear
+from quantkit.staging import FULL
 
 MODEL = "model.pt2"
 
@@ -84,8 +88,52 @@ def save(program: Any, file: Path) -> None:
         for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node", "torch_fn"):
             node.meta.pop(key, None)
     program.example_inputs = None  # shapes are in the graph; the values would be 60 KB for four layers
-    torch.export.save(program, file)
+    with _sink(file) as sink:
+        torch.export.save(program, sink)
     _deflate_graph(file)
+
+
+class _Sink(io.RawIOBase):
+    """A file that takes everything and remembers the first error.
+
+    torch's archive writer ends the process (std::terminate) when a write fails, as on a full disk.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.written = file, 0
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            if self.error is None:
+                self.file.write(data)
+        except OSError as error:
+            self.error = error
+        size = memoryview(data).nbytes
+        self.written += size
+        return size
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:  # asked for, and at the end used to go back to the start
+        return True
+
+    def seek(self, *_: Any) -> int:
+        return 0
+
+    def tell(self) -> int:
+        return self.written
+
+
+@contextmanager
+def _sink(file: Path) -> Iterator[Any]:
+    """Something to write `file` through; OSError at the end if that failed."""
+    with file.open("wb") as raw:
+        sink = _Sink(raw)
+        yield sink
+    if sink.error is not None:
+        raise sink.error
 
 
 def _deflate_graph(file: Path) -> None:
@@ -105,9 +153,9 @@ def _deflate_graph(file: Path) -> None:
     os.replace(packed, file)
 
 
-def load_program(file: Path) -> Callable[..., Any]:
-    """The saved program as a callable."""
-    return torch.export.load(file).module()
+def load_program(file: Path) -> Any:
+    """The saved `ExportedProgram`; its `module()` runs."""
+    return torch.export.load(file)
 
 
 def check_compiler() -> None:
@@ -119,8 +167,23 @@ def check_compiler() -> None:
 def compile_package(program: Any, file: Path) -> Callable[..., Any]:
     """AOTInductor's package for the device that `program` was traced on; returns it loaded."""
     check_compiler()
-    with quiet(), torch.no_grad():
-        torch._inductor.aoti_compile_and_package(program, package_path=str(file))
+    try:
+        with quiet(), torch.no_grad(), _sink(file) as sink:
+            torch._inductor.aoti_compile_and_package(program, package_path=sink)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        inner = getattr(error, "inner_exception", error)  # of torch's InductorError
+        if isinstance(inner, OSError) and inner.errno in FULL:
+            raise DestinationError(
+                f"The disk is full while compiling: AOTInductor writes to {tempfile.gettempdir()} too",
+                hint="Free space there, or name another place with TMPDIR.",
+            ) from error
+        lines = [line for line in str(inner).splitlines() if line.strip()] or [""]
+        raise UsageError(
+            f"AOTInductor cannot compile the program: {type(inner).__name__}: {lines[0][:200]}",
+            hint="Check the compiler, or export --to torch; --debug shows the traceback.",
+        ) from error
     return torch._inductor.aoti_load_package(str(file))
 
 

@@ -13,10 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from export_support import convert
 
 import quantkit
+from quantkit.algorithms.codebook import table
 from quantkit.errors import DestinationError, UsageError
 from quantkit.export.api import export
+from quantkit.export.onnx_codebook import planes
 from quantkit.export.onnx_graph import CacheShape
 from quantkit.export.onnx_run import OnnxRunner
 from quantkit.kernels.dispatch import use_reference
@@ -24,21 +27,9 @@ from quantkit.kernels.dispatch import use_reference
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-FORMATS: dict[str, dict[str, Any]] = {
-    "gptq": {"bits": 4, "group_size": 32, "desc_act": True},
-    "awq": {"group_size": 32},
-    "hqq": {"bits": 4, "group_size": 32},
-    "nf4": {"block_size": 64},
-    "fp8": {},
-    "ternary": {},
-}
-
 
 def converted(tiny: Callable[..., Path], tmp_path: Path, family: str, format: str, **options: Any) -> Path:
-    out = tmp_path / f"{family}-{format}"
-    calibrated = {"samples": 2, "seqlen": 32} if format in ("gptq", "awq") else {}
-    quantkit.convert(tiny(family), out, format=format, options=options or FORMATS[format], **calibrated)
-    return out
+    return convert(tiny(family), tmp_path / f"{family}-{format}", format, **options)
 
 
 def compare_fresh(checkpoint: Path, artifact: Path, batch: int, prompt: int, *, level: int = 1) -> float:
@@ -74,8 +65,8 @@ def test_fresh_inputs(
     result = export(checkpoint, tmp_path / "onnx")
     assert result.proof.steps == 10 and result.proof.max_error <= result.proof.atol
     # q, k, v are one product, and gate and up; with act-order the columns of x are gathered once for them.
-    operator, count = {"gptq": ("MatMulNBits", 8), "nf4": ("MatMulBnb4", 14)}[format]
-    assert result.nodes[f"com.microsoft::{operator}"] == count
+    operator, count = {"gptq": ("com.microsoft::MatMulNBits", 8), "nf4": ("MatMul", 15)}[format]
+    assert result.nodes[operator] == count
     assert result.nodes["com.microsoft::GroupQueryAttention"] == 2
     for batch, prompt in ((1, 1), (1, 17), (3, 5)):
         assert compare_fresh(checkpoint, tmp_path / "onnx", batch, prompt) < limit
@@ -109,6 +100,79 @@ def test_int8_activations(tiny: Callable[..., Path], tmp_path: Path) -> None:
     rounded = compare_fresh(checkpoint, tmp_path / "onnx", 2, 6, level=4)
     assert result.proof.relative_error < 2e-2 and rounded < 2e-2
     assert exact > 1e-4  # int8 arithmetic did run
+
+
+@pytest.mark.parametrize(("kind", "limit"), [("nf4", 7e-6), ("fp4", 4e-8)])
+def test_a_codebook_is_the_sum_of_two_planes(kind: str, limit: float) -> None:
+    """To ten times float32's own step for NF4: what the proof without rounding then sees is far below 1e-4."""
+    values = table(kind).double()
+    made = planes(tuple(values.tolist()))
+    total = sum(plane.unit * (plane.codes.double() - 128) for plane in made)
+    assert float((total - values).abs().max()) < limit
+    # And nothing assumes that the largest value is 1:
+    wide = planes(tuple((values * 3).tolist()))
+    assert float((sum(p.unit * (p.codes.double() - 128) for p in wide) - 3 * values).abs().max()) < 3 * limit
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_nf4_with_int8_activations(tiny: Callable[..., Path], tmp_path: Path, double_quant: bool) -> None:
+    source = tiny("qwen2", intermediate_size=128)  # whole blocks in every row
+    checkpoint = convert(source, tmp_path / "nf4", "nf4", block_size=64, double_quant=double_quant)
+    result = export(checkpoint, tmp_path / "onnx", accuracy_level=4)
+    # Products of one input are one node, planes included: q, k, v and gate, up; o and down.
+    assert result.nodes["com.microsoft::MatMulNBits"] == 8
+    proof = result.proof
+    assert proof is not None and proof.unrounded_error is not None
+    assert proof.unrounded_error < 1e-5 * proof.largest_logit
+    data = (tmp_path / "onnx/model.onnx.data").stat().st_size
+    assert data <= 1.03 * result.checkpoint_bytes + 8192
+
+
+def test_blocks_that_straddle_rows_are_looked_up(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """NF4's blocks count through the flattened weight: 96 inputs are no whole number of 64."""
+    source = tiny("llama", hidden_size=96, intermediate_size=160, num_attention_heads=6)
+    quantkit.convert(source, tmp_path / "nf4", format="nf4", options={"block_size": 64})
+    result = export(tmp_path / "nf4", tmp_path / "onnx", accuracy_level=4)
+    assert "com.microsoft::MatMulNBits" not in result.nodes and result.proof is not None
+    assert result.proof.relative_error < 1e-5 and result.proof.unrounded_error is None
+
+
+def test_groups_that_no_operator_takes(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """Groups of 24: looked up when the file is opened; the file stays packed."""
+    source = tiny("llama", hidden_size=96, intermediate_size=192, num_attention_heads=6)
+    checkpoint = convert(source, tmp_path / "hqq", "hqq", bits=4, group_size=24)
+    result = export(checkpoint, tmp_path / "onnx")
+    assert "com.microsoft::MatMulNBits" not in result.nodes
+    assert compare_fresh(checkpoint, tmp_path / "onnx", 2, 6) < 1e-5
+    assert (tmp_path / "onnx/model.onnx.data").stat().st_size <= 1.03 * result.checkpoint_bytes + 8192
+
+
+def test_fp8_by_rows(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """One scale per row is DequantizeLinear's axis; blocks of 128 x 128 are what the matrix runs."""
+    options = {"scheme": "channel", "layout": "compressed-tensors"}
+    result = export(convert(tiny("llama"), tmp_path / "fp8", "fp8", **options), tmp_path / "onnx")
+    assert result.nodes["DequantizeLinear"] == 14
+    proof = result.proof
+    assert proof is not None and proof.unrounded_error is not None
+    assert proof.unrounded_error < 1e-5 * proof.largest_logit
+
+
+def test_without_a_cache_and_over_an_older_export(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """`kv_cache=False`: logits of whole prompts, of any batch and length; an export replaces an export."""
+    checkpoint = converted(tiny, tmp_path, "llama", "gptq")
+    export(checkpoint, tmp_path / "onnx")
+    result = export(checkpoint, tmp_path / "onnx", kv_cache=False, overwrite=True)
+    assert result.proof is not None and result.proof.steps == 0
+    assert not (tmp_path / "onnx/genai_config.json").exists()  # nothing of the older one is left
+    model = quantkit.load(checkpoint, dtype="float32")
+    runner = OnnxRunner(tmp_path / "onnx", CacheShape.of(model), use_cache=False, level=1)
+    assert [value.name for value in runner.session.get_outputs()] == ["logits"]
+    for batch, length in ((1, 1), (3, 11)):
+        ids, ones = torch.randint(3, 256, (batch, length)), torch.ones(batch, length, dtype=torch.int64)
+        with torch.no_grad(), use_reference():
+            want = model(input_ids=ids).logits
+        got, cache = runner(ids, ones, torch.arange(length)[None].repeat(batch, 1))
+        assert not cache and float((got - want).norm() / want.norm()) < 1e-5
 
 
 def test_standard_operators_only(tiny: Callable[..., Path], tmp_path: Path) -> None:
