@@ -21,17 +21,24 @@ class GemvConfig:
     warps: int
 
 
-#: Largest N -> tile, by measurement (docs/benchmarks/kernels-h100.md); the first is for the codebook.
-CONFIGS: dict[bool, list[tuple[int, GemvConfig]]] = {
-    True: [(6144, GemvConfig(8, 4, 2, 8)), (1 << 31, GemvConfig(4, 8, 4, 8))],
-    False: [(6144, GemvConfig(4, 4, 2, 4)), (1 << 31, GemvConfig(4, 4, 4, 4))],
+#: kind -> (largest N, tile), by measurement (docs/benchmarks/kernels-h100.md).
+CONFIGS: dict[int, list[tuple[int, GemvConfig]]] = {
+    CODEBOOK.value: [(4096, GemvConfig(4, 8, 4, 8)), (1 << 31, GemvConfig(4, 4, 4, 4))],
+    AFFINE4.value: [
+        (4096, GemvConfig(4, 8, 4, 8)),
+        (6144, GemvConfig(4, 4, 2, 4)),
+        (1 << 31, GemvConfig(4, 4, 4, 4)),
+    ],
+    AFFINE3.value: [(1 << 31, GemvConfig(4, 4, 4, 4))],
 }
+#: From this group size on, four bits of wide weights (K >= N) stay with `affine_gemm`, which is faster there.
+LONG_GROUP = 128
 _HALVES = (torch.float16, torch.bfloat16)
 
 
 def config(kind: int, n: int) -> GemvConfig:
     """Tile for a weight of n rows."""
-    return next(tile for most, tile in CONFIGS[kind == CODEBOOK.value] if n <= most)
+    return next(tile for most, tile in CONFIGS[kind] if n <= most)
 
 
 def kind_of(bits: int) -> int | None:
@@ -42,11 +49,13 @@ def kind_of(bits: int) -> int | None:
 def covers(x: Tensor, codes: Tensor, kind: int | None, n: int, group: int) -> bool:
     """Does the kernel multiply `x [M, K]` with this weight? `group` is 0 for one group per row.
 
-    One row of float16 or bfloat16, units of 32 codes that lie inside groups and at aligned addresses, whole tiles.
+    That is, and as fast as `affine_gemm`: one row of float16 or bfloat16, units of 32 codes that lie inside groups and at aligned addresses, whole tiles.
     """
     if kind is None or x.shape[0] != 1 or x.dtype not in _HALVES or not launch.has_ptx():
         return False
     k, tile = x.shape[1], config(kind, n)
+    if kind == AFFINE4.value and (group == 0 or group >= LONG_GROUP) and k >= n:
+        return False
     if k % (64 if kind == AFFINE3.value else 32) or group % 32 or (group and k % group):
         return False
     return n % (tile.rows * tile.per_thread) == 0 and x.data_ptr() % 16 == 0 and codes.data_ptr() % 16 == 0

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from quantkit.algorithms import codebook as tables
 from quantkit.encoding import Codebook, Float8, PackedWeight, dequantize
-from quantkit.kernels import codebook, codebook_tuning, float8, float8_tuning, reference, tuning
+from quantkit.kernels import codebook, codebook_tuning, float8, float8_tuning, gemv_launch, reference, tuning
+from quantkit.kernels.bench_cases import random_weight
 
 BOUND = {torch.float32: 2e-6, torch.float16: 1e-3}
 DEVICE = "cpu"
@@ -88,6 +89,33 @@ def codebook_cases() -> Iterator[tuple[str, float]]:
     packed = codebook_weight(40, 640, 64, "nf4")
     codebook.launch_dequantize(packed.codes, packed.scale, packed.lut, 640, 64, part, 17, 128)
     yield "part in words", 0.0 if torch.equal(part, dequantize(packed)[17:33, 128:384]) else 2.0
+
+
+def gemv_cases() -> Iterator[tuple[str, float]]:
+    """`gemv_kernel` on portable loads: each decoding, groups, a K that ends inside a step, both kinds of zeros.
+
+    bfloat16 runs too: its inputs are widened by their bits, and its result is rounded by the interpreter
+    toward zero (8 bits: 2**-8 relative at most, half of that on average).
+    """
+    tile = gemv_launch.GemvConfig(4, 2, 2, 4)
+    device = torch.device("cpu")
+    for form in ("nf4", "affine-4g32", "affine-4g1408", "hqq-4g64", "affine-3g64", "affine-3g1408", "hqq-3g64"):
+        for n, k in ((16, 512), (24, 1408)):
+            if form.endswith("1408") and k != 1408:
+                continue
+            packed = random_weight(form, n, k, device)
+            enc = packed.encoding
+            group = enc.block_size if isinstance(enc, Codebook) else enc.group_size % k  # type: ignore[union-attr]
+            kind = 0 if isinstance(enc, Codebook) else gemv_launch.kind_of(enc.bits)  # type: ignore[union-attr]
+            exact = dequantize(packed, torch.float64)
+            for dtype, slack in ((torch.float16, 1.0), (torch.bfloat16, 2.0**-8 / BOUND[torch.float16])):
+                x, bias = torch.randn(1, k).to(dtype), torch.randn(n).to(dtype)
+                got = gemv_launch.launch_gemv(
+                    x, packed.codes, packed.scale, packed.zero, packed.lut, bias, kind, n, group, tile, asm=False  # type: ignore[arg-type]
+                )
+                want = x.double() @ exact.T + bias.double()
+                off = float((got.double() - want).norm() / want.norm()) / BOUND[torch.float16] / slack
+                yield f"gemv {form} {n}x{k} {dtype}", off if got.dtype == dtype else float("inf")
 
 
 def float8_weight(n: int, k: int, block: tuple[int, int], activation: str | None) -> PackedWeight:
