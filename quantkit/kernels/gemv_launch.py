@@ -49,7 +49,8 @@ def kind_of(bits: int) -> int | None:
 def covers(x: Tensor, codes: Tensor, kind: int | None, n: int, group: int) -> bool:
     """Does the kernel multiply `x [M, K]` with this weight? `group` is 0 for one group per row.
 
-    That is, and as fast as `affine_gemm`: one row of float16 or bfloat16, units of 32 codes that lie inside groups and at aligned addresses, whole tiles.
+    One row of float16 or bfloat16, units of 32 codes that lie inside groups and at aligned addresses, whole
+    tiles; and not where `affine_gemm` is faster.
     """
     if kind is None or x.shape[0] != 1 or x.dtype not in _HALVES or not launch.has_ptx():
         return False

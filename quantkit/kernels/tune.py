@@ -59,9 +59,26 @@ def tune(
         progress(f"{form} {shape[0]}x{shape[1]} M={m}")
         if (form, shape) not in weights:
             weights = {(form, shape): _copies(form, shape, device)}
+        if m == 1 and _has_own_kernel(weights[form, shape][0], dtype):
+            progress(f"{form} {shape[0]}x{shape[1]} M=1 has a kernel of its own, whose tile is not tuned")
+            continue
         deadline = time.perf_counter() + left / (len(work) - i)
         found.append(_one(form, weights[form, shape], m, dtype, clock, deadline))
     return found
+
+
+def _has_own_kernel(packed: PackedWeight, dtype: torch.dtype) -> bool:
+    """Does `gemv_kernel` serve one row of this weight?"""
+    from quantkit.kernels.gemv import CODEBOOK
+    from quantkit.kernels.gemv_launch import covers, kind_of
+
+    enc, (n, k) = packed.encoding, packed.shape
+    x = torch.empty(1, k, dtype=dtype, device=packed.codes.device)
+    if isinstance(enc, Codebook):
+        return k % enc.block_size == 0 and covers(x, packed.codes, CODEBOOK.value, n, enc.block_size)
+    if not isinstance(enc, Affine):
+        return False
+    return covers(x, packed.codes, kind_of(enc.bits), n, 0 if packed.scale.shape[1] == 1 else enc.group_size)
 
 
 def _one(

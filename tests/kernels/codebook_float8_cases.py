@@ -99,7 +99,15 @@ def gemv_cases() -> Iterator[tuple[str, float]]:
     """
     tile = gemv_launch.GemvConfig(4, 2, 2, 4)
     device = torch.device("cpu")
-    for form in ("nf4", "affine-4g32", "affine-4g1408", "hqq-4g64", "affine-3g64", "affine-3g1408", "hqq-3g64"):
+    for form in (
+        "nf4",
+        "affine-4g32",
+        "affine-4g1408",
+        "hqq-4g64",
+        "affine-3g64",
+        "affine-3g1408",
+        "hqq-3g64",
+    ):
         for n, k in ((16, 512), (24, 1408)):
             if form.endswith("1408") and k != 1408:
                 continue
@@ -111,7 +119,17 @@ def gemv_cases() -> Iterator[tuple[str, float]]:
             for dtype, slack in ((torch.float16, 1.0), (torch.bfloat16, 2.0**-8 / BOUND[torch.float16])):
                 x, bias = torch.randn(1, k).to(dtype), torch.randn(n).to(dtype)
                 got = gemv_launch.launch_gemv(
-                    x, packed.codes, packed.scale, packed.zero, packed.lut, bias, kind, n, group, tile, asm=False  # type: ignore[arg-type]
+                    x,
+                    packed.codes,
+                    packed.scale,
+                    packed.zero,
+                    packed.lut,
+                    bias,
+                    kind,
+                    n,
+                    group,
+                    tile,
+                    asm=False,  # type: ignore[arg-type]
                 )
                 want = x.double() @ exact.T + bias.double()
                 off = float((got.double() - want).norm() / want.norm()) / BOUND[torch.float16] / slack
@@ -187,7 +205,7 @@ def rounding_error() -> float:
 
 def main() -> None:
     torch.manual_seed(int.from_bytes(__import__("os").urandom(4), "little"))
-    cases = {"codebook": codebook_cases, "float8": float8_cases}[sys.argv[1]]
+    cases = {"codebook": codebook_cases, "gemv": gemv_cases, "float8": float8_cases}[sys.argv[1]]
     print(json.dumps(dict(cases())))
 
 

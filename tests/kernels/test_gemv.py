@@ -1,0 +1,89 @@
+"""One row of x (`gemv_kernel`): who is covered, and compiled code without a GPU. Numbers: test_codebook_float8."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from quantkit.kernels import gemv_launch, launch
+from quantkit.kernels.gemv import AFFINE3, AFFINE4, CODEBOOK
+
+KINDS = {"codebook": CODEBOOK.value, "affine4": AFFINE4.value, "affine3": AFFINE3.value}
+
+
+@pytest.fixture
+def ptx(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "target", lambda: ("cuda", 90))
+
+
+def covers(kind: str, n: int, k: int, group: int, **more: Any) -> bool:
+    x = torch.empty(more.get("m", 1), k, dtype=more.get("dtype", torch.bfloat16), device="meta")
+    codes = torch.empty(n, k // 2, dtype=torch.uint8, device="meta")
+    return gemv_launch.covers(x, codes, KINDS[kind], n, group)
+
+
+@pytest.mark.usefixtures("ptx")
+def test_what_is_covered() -> None:
+    assert covers("codebook", 4096, 11008, 64)
+    assert covers("affine4", 14336, 4096, 128)
+    assert covers("affine4", 4096, 14336, 64)
+    assert covers("affine3", 4096, 14336, 128)
+    assert not covers("affine4", 4096, 14336, 128), "faster through affine_gemm"
+    assert not covers("codebook", 4096, 4096, 64, m=2)
+    assert not covers("codebook", 4096, 4096, 64, dtype=torch.float32)
+    assert not covers("codebook", 4095, 4096, 64), "rows left over"
+    assert not covers("codebook", 4096, 4112, 16), "units of 32 codes would cross a block"
+    assert not covers("affine4", 8192, 4100, 0)
+    assert not covers("affine3", 8192, 4128, 32), (
+        "eight bytes of low codes at an address that is no multiple of 8"
+    )
+
+
+def test_only_with_ptx(monkeypatch: pytest.MonkeyPatch) -> None:
+    for target in (("hip", 0), ("cuda", 75), ("interpreter", 0)):
+        monkeypatch.setattr(launch, "target", lambda target=target: target)
+        assert not covers("codebook", 4096, 4096, 64)
+
+
+@pytest.mark.parametrize("chip", [80, pytest.param(90), pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_the_loop_has_no_barrier(kind: str, chip: int) -> None:
+    """Nothing is exchanged between threads until the sums at the end: no barrier inside the loop."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from quantkit.kernels.gemv import gemv_kernel
+
+    tile = gemv_launch.config(KINDS[kind], 8192)
+    constants = {
+        "KIND": KINDS[kind], "BN": tile.rows, "KS": tile.steps, "R": tile.per_thread, "GROUP": 64, "EVEN_K": True,
+        "HAS_BIAS": False, "ASM": True, "THREADS": 32 * tile.warps,
+    }  # fmt: skip
+    types = dict.fromkeys(("x_ptr", "bias_ptr", "out_ptr"), "*bf16")
+    types |= {"codes_ptr": "*u8", "scale_ptr": "*fp32", "zero_ptr": "*u8", "lut_ptr": "*fp32"}
+    names = gemv_kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    divisible = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in constants}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(gemv_kernel, signature, values, divisible)
+    binary = triton.compile(
+        source, target=GPUTarget("cuda", chip, 32), options={"num_warps": tile.warps, "num_stages": 1}
+    )
+    text = binary.asm["ptx"]
+    assert binary.metadata.shared + (32768 if kind == "codebook" else 0) <= 49152
+    labels = {m.group(1): m.start() for m in re.finditer(r"^(\$L__BB\d+_\d+):", text, re.M)}
+    loops = [
+        text[labels[m.group(1)] : m.start()]
+        for m in re.finditer(r"bra(?:\.uni)?\s+(\$L__BB\d+_\d+);", text)
+        if labels[m.group(1)] < m.start()
+    ]
+    body = max(loops, key=len)
+    assert body.count("fma.rn.f32") >= 32 * tile.per_thread, "that is the loop"
+    assert "bar.sync" not in body and "barrier" not in body
+    assert body.count("ld.global.nc.v4") + body.count(".v4.b32") >= 4
