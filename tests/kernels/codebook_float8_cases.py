@@ -95,7 +95,7 @@ def gemv_cases() -> Iterator[tuple[str, float]]:
     """`gemv_kernel` on portable loads: each decoding, groups, a K that ends inside a step, both kinds of zeros.
 
     bfloat16 runs too: its inputs are widened by their bits, and its result is rounded by the interpreter
-    toward zero (8 bits: 2**-8 relative at most, half of that on average).
+    toward zero (8 bits: less than a last place, 2**-7 relative).
     """
     tile = gemv_launch.GemvConfig(4, 2, 2, 4)
     device = torch.device("cpu")
@@ -116,7 +116,7 @@ def gemv_cases() -> Iterator[tuple[str, float]]:
             group = enc.block_size if isinstance(enc, Codebook) else enc.group_size % k  # type: ignore[union-attr]
             kind = 0 if isinstance(enc, Codebook) else gemv_launch.kind_of(enc.bits)  # type: ignore[union-attr]
             exact = dequantize(packed, torch.float64)
-            for dtype, slack in ((torch.float16, 1.0), (torch.bfloat16, 2.0**-8 / BOUND[torch.float16])):
+            for dtype, slack in ((torch.float16, 1.0), (torch.bfloat16, 2.0**-7 / BOUND[torch.float16])):
                 x, bias = torch.randn(1, k).to(dtype), torch.randn(n).to(dtype)
                 got = gemv_launch.launch_gemv(
                     x,
