@@ -22,7 +22,7 @@ from quantkit.kernels.affine_launch import (
     launch_dequantize,
     launch_gemm,
 )
-from quantkit.kernels.gemv_launch import covers, kind_of, launch_gemv
+from quantkit.kernels.gemv_launch import kind_of, launch_gemv, tile_for
 from quantkit.kernels.launch import device_of
 
 
@@ -51,20 +51,12 @@ def affine_linear(
     with device_of(x):
         if rows.shape[0] > (tuning.FUSED_ROWS_3BIT if bits == 3 else tuning.FUSED_ROWS):
             out = _sliced_linear(rows, weight, bias)
-        elif covers(rows, codes, kind_of(bits), n, weight.group):
-            out = _one_row(rows, weight, bias)
+        elif (kind := kind_of(bits)) is not None and (tile := tile_for(rows, codes, kind, n, weight.group)):
+            inputs = rows if perm is None else rows.index_select(1, perm)
+            out = launch_gemv(inputs, codes, scale, zero, None, bias, kind, n, weight.group, tile)
         else:
             out = launch_gemm(rows, weight, bias, tuning.gemm_config(rows.shape[0], n, k, bits))
     return out.view(*x.shape[:-1], n)
-
-
-def _one_row(x: Tensor, weight: AffineWeight, bias: Tensor | None) -> Tensor:
-    kind = kind_of(weight.bits)
-    assert kind is not None
-    if weight.perm is not None:
-        x = x.index_select(1, weight.perm)
-    n = weight.codes.shape[0]
-    return launch_gemv(x, weight.codes, weight.scale, weight.zero, None, bias, kind, n, weight.group)
 
 
 def affine_fused_linear(

@@ -27,7 +27,7 @@ from quantkit.kernels.codebook_dequantize import (
 from quantkit.kernels.codebook_gemm import codebook_gemm_kernel, codebook_gemm_wide_kernel
 from quantkit.kernels.codebook_tuning import Config
 from quantkit.kernels.gemv import CODEBOOK
-from quantkit.kernels.gemv_launch import covers, launch_gemv
+from quantkit.kernels.gemv_launch import launch_gemv, tile_for
 from quantkit.kernels.launch import DOT_TYPES, cdiv, device_of, has_ptx, large_shared_memory
 from quantkit.kernels.tuning import BackwardConfig
 
@@ -55,8 +55,10 @@ def codebook_linear(
                 launch_dequantize(codes, scale, lut, k, block_size, out, row, column)
 
             out = sliced.linear(rows, out_features, bias, fill)
-        elif k % block_size == 0 and covers(rows, codes, CODEBOOK.value, out_features, block_size):
-            out = launch_gemv(rows, codes, scale, None, lut, bias, CODEBOOK.value, out_features, block_size)
+        elif tile := tile_for(rows, codes, CODEBOOK.value, out_features, block_size):
+            out = launch_gemv(
+                rows, codes, scale, None, lut, bias, CODEBOOK.value, out_features, block_size, tile
+            )
         else:
             config = codebook_tuning.config(rows.shape[0], out_features, large_shared_memory(), k)
             out = launch_gemm(rows, codes, scale, lut, bias, out_features, block_size, config)

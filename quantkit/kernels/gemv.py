@@ -37,8 +37,6 @@ from quantkit.kernels.codebook_lookup import eight_values, fill_table
 
 #: What `KIND` stands for.
 CODEBOOK, AFFINE4, AFFINE3 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-#: Inputs of a unit, and units of a row that a warp loads together.
-UNIT_INPUTS, UNITS = 32, 8
 
 
 def _loads(words: int, kept: bool) -> str:
@@ -214,6 +212,35 @@ def _unit(row, at, high_offset, KIND: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
+def _step(
+    row,
+    scales,
+    zeros,
+    at,
+    row_bytes,
+    high_offset,
+    groups,
+    KIND: tl.constexpr,
+    BN: tl.constexpr,
+    R: tl.constexpr,
+    GROUP: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Units, scales and zero points (not for a codebook) of the R rows of a thread, at the inputs `at`."""
+    g = at * 0 if GROUP == 0 else at // GROUP
+    ws = ()
+    ss = ()
+    zs = ()
+    for r in tl.static_range(R):
+        far = tl.full((), r * BN, tl.int64)
+        ws = ws + (_unit(row + far * row_bytes, at, high_offset, KIND, ASM),)
+        ss = ss + (_number(scales + far * groups + g, ASM),)
+        if KIND != CODEBOOK:
+            zs = zs + (_number(zeros + far * groups + g, ASM),)
+    return ws, ss, zs
+
+
+@triton.jit
 def gemv_kernel(
     x_ptr,
     codes_ptr,
@@ -237,7 +264,7 @@ def gemv_kernel(
     THREADS: tl.constexpr,
 ):
     """Grid: (N / (BN * R),). 32 divides K and GROUP (0: one group per row); addresses of x and of rows are
-    multiples of 16. EVEN_K: KS * 256 divides K."""
+    multiples of 16 (rows of three bits: of 8). EVEN_K: KS * 256 divides K."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     TAKE: tl.constexpr = 16 if KIND == AFFINE3 else 8
     OFFSET: tl.constexpr = 128.0 if KIND == AFFINE3 else 16.0
@@ -254,37 +281,23 @@ def gemv_kernel(
         fill_table(lut_ptr, THREADS, DTYPE, ASM)
     nothing = tl.zeros((KS, BN, 8), tl.float32)
 
-    ws = ()
-    ss = ()
-    zs = ()
-    accs = ()
     at = u if EVEN_K else tl.where(u < K, u, 0)
-    g = at * 0 if GROUP == 0 else at // GROUP
-    for r in tl.static_range(R):
-        far = tl.full((), r * BN, tl.int64)
+    ws, ss, zs = _step(row, scales, zeros, at, row_bytes, high_offset, groups, KIND, BN, R, GROUP, ASM)
+    accs = ()
+    for _ in tl.static_range(R):
         accs = accs + (nothing,)
-        ws = ws + (_unit(row + far * row_bytes, at, high_offset, KIND, ASM),)
-        ss = ss + (_number(scales + far * groups + g, ASM),)
-        if KIND != CODEBOOK:
-            zs = zs + (_number(zeros + far * groups + g, ASM),)
     for k in tl.range(0, K, STEP, num_stages=1):
         inside = k + u < K
         x_at = x_bytes + 2 * (k + u if EVEN_K else tl.where(inside, k + u, 0))
         # The next step's codes; in the last step its own once more, which are not used.
         ahead = tl.where(k + STEP < K, k + STEP, k) + u
         at = ahead if EVEN_K else tl.where(ahead < K, ahead, 0)
-        g = at * 0 if GROUP == 0 else at // GROUP
-        next_ws = ()
-        next_ss = ()
-        next_zs = ()
+        next_ws, next_ss, next_zs = _step(
+            row, scales, zeros, at, row_bytes, high_offset, groups, KIND, BN, R, GROUP, ASM
+        )
         parts = ()
-        for r in tl.static_range(R):
-            far = tl.full((), r * BN, tl.int64)
+        for _ in tl.static_range(R):
             parts = parts + (nothing,)
-            next_ws = next_ws + (_unit(row + far * row_bytes, at, high_offset, KIND, ASM),)
-            next_ss = next_ss + (_number(scales + far * groups + g, ASM),)
-            if KIND != CODEBOOK:
-                next_zs = next_zs + (_number(zeros + far * groups + g, ASM),)
         sums = tl.zeros((KS, 1, 8), tl.float32)
         for j in tl.static_range(32 // TAKE):
             x = _inputs(x_at + 2 * TAKE * j, inside, TAKE, DTYPE, EVEN_K, ASM)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -34,6 +35,12 @@ CONFIGS: dict[int, list[tuple[int, GemvConfig]]] = {
 #: From this group size on, four bits of wide weights (K >= N) stay with `affine_gemm`, which is faster there.
 LONG_GROUP = 128
 _HALVES = (torch.float16, torch.bfloat16)
+_KINDS = {4: AFFINE4.value, 3: AFFINE3.value}
+
+
+def kind_of(bits: int) -> int | None:
+    """The kernel's name for affine codes of `bits`; None if it has no decoding for them."""
+    return _KINDS.get(bits)
 
 
 def config(kind: int, n: int) -> GemvConfig:
@@ -41,25 +48,30 @@ def config(kind: int, n: int) -> GemvConfig:
     return next(tile for most, tile in CONFIGS[kind] if n <= most)
 
 
-def kind_of(bits: int) -> int | None:
-    """The kernel's name for affine codes of `bits`; None if it has no decoding for them."""
-    return {4: AFFINE4.value, 3: AFFINE3.value}.get(bits)
+@cache
+def _tile(kind: int, n: int, k: int, group: int) -> GemvConfig | None:
+    """The tile for a weight `[n, k]`; None where its units cross groups, rows are left over, or `affine_gemm` is
+    faster."""
+    if k % (64 if kind == AFFINE3.value else 32) or group % 32 or (group and k % group):
+        return None
+    if kind == AFFINE4.value and (group == 0 or group >= LONG_GROUP) and k >= n:
+        return None
+    tile = config(kind, n)
+    return None if n % (tile.rows * tile.per_thread) else tile
 
 
-def covers(x: Tensor, codes: Tensor, kind: int | None, n: int, group: int) -> bool:
-    """Does the kernel multiply `x [M, K]` with this weight? `group` is 0 for one group per row.
+def tile_for(x: Tensor, codes: Tensor, kind: int | None, n: int, group: int) -> GemvConfig | None:
+    """The tile with which the kernel multiplies `x [M, K]`, or None: it does not cover this product.
 
-    One row of float16 or bfloat16, units of 32 codes that lie inside groups and at aligned addresses, whole
-    tiles; and not where `affine_gemm` is faster.
+    It covers one row of float16 or bfloat16 at aligned addresses, on NVIDIA; weights as `_tile` says. `group` is 0
+    for one group per row.
     """
     if kind is None or x.shape[0] != 1 or x.dtype not in _HALVES or not launch.has_ptx():
-        return False
-    k, tile = x.shape[1], config(kind, n)
-    if kind == AFFINE4.value and (group == 0 or group >= LONG_GROUP) and k >= n:
-        return False
-    if k % (64 if kind == AFFINE3.value else 32) or group % 32 or (group and k % group):
-        return False
-    return n % (tile.rows * tile.per_thread) == 0 and x.data_ptr() % 16 == 0 and codes.data_ptr() % 16 == 0
+        return None
+    aligned = x.data_ptr() % 16 == 0 and codes.data_ptr() % 16 == 0
+    if codes.dim() == 2:  # rows of their own; a codebook's follow one another
+        aligned = aligned and codes.stride(0) % (8 if kind == AFFINE3.value else 16) == 0
+    return _tile(kind, n, x.shape[1], group) if aligned else None
 
 
 def launch_gemv(
@@ -72,7 +84,7 @@ def launch_gemv(
     kind: int,
     n: int,
     group: int,
-    tile: GemvConfig | None = None,
+    tile: GemvConfig,
     asm: bool = True,
 ) -> Tensor:
     """`x [1, K]` times the weight `[n, K]` plus `bias [n]`: `[1, n]` in the dtype of x.
@@ -80,10 +92,9 @@ def launch_gemv(
     `codes`, `scale`, `zero` and `lut` as in `quantkit.encoding`; `group` is 0 for one group per row. `asm=False`
     runs on portable loads.
     """
-    tile = tile or config(kind, n)
     k = x.shape[1]
     out = x.new_empty((1, n))
-    row_bytes = 3 * k // 8 if kind == AFFINE3.value else k // 2
+    row_bytes = codes.stride(0) if codes.dim() == 2 else k // 2
     gemv_kernel[(n // (tile.rows * tile.per_thread),)](
         x,
         codes,

@@ -69,16 +69,18 @@ def tune(
 
 def _has_own_kernel(packed: PackedWeight, dtype: torch.dtype) -> bool:
     """Does `gemv_kernel` serve one row of this weight?"""
+    from quantkit.kernels.affine_launch import AffineWeight
     from quantkit.kernels.gemv import CODEBOOK
-    from quantkit.kernels.gemv_launch import covers, kind_of
+    from quantkit.kernels.gemv_launch import kind_of, tile_for
 
-    enc, (n, k) = packed.encoding, packed.shape
-    x = torch.empty(1, k, dtype=dtype, device=packed.codes.device)
+    enc, (n, k), codes = packed.encoding, packed.shape, packed.codes
+    x = torch.empty(1, k, dtype=dtype, device=codes.device)
     if isinstance(enc, Codebook):
-        return k % enc.block_size == 0 and covers(x, packed.codes, CODEBOOK.value, n, enc.block_size)
+        return tile_for(x, codes, CODEBOOK.value, n, enc.block_size) is not None
     if not isinstance(enc, Affine):
         return False
-    return covers(x, packed.codes, kind_of(enc.bits), n, 0 if packed.scale.shape[1] == 1 else enc.group_size)
+    weight = AffineWeight(codes, packed.scale, packed.zero, None, enc.bits, enc.group_size)  # type: ignore[arg-type]
+    return tile_for(x, codes, kind_of(enc.bits), n, weight.group) is not None
 
 
 def _one(

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 import quantkit
 from quantkit.export import decoder
 from quantkit.export.api import export
 from quantkit.export.result import ExportResult
+from quantkit.kernels.dispatch import use_reference
 
 ROOT = Path(__file__).resolve().parents[2]
 FORMATS: dict[str, dict[str, Any]] = {
@@ -71,3 +73,19 @@ def damage(
         original(model)
 
     monkeypatch.setattr(decoder, "prepare", damaged)
+
+
+def fresh_error(model: Any, runner: Any, batch: int, counts: tuple[int, ...]) -> float:
+    """Largest relative error of the logits on fresh random tokens, `counts` of them at a time behind one cache."""
+    ids = torch.randint(3, 256, (batch, sum(counts)))
+    worst, cache, done = 0.0, None, 0
+    for count in counts:
+        part = ids[:, done : done + count]
+        done += count
+        with torch.no_grad(), use_reference():
+            out = model(input_ids=part, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        positions = torch.arange(done - count, done)[None].repeat(batch, 1)
+        got, _ = runner(part, torch.ones(batch, done, dtype=torch.int64), positions)
+        worst = max(worst, float((got - out.logits).norm() / out.logits.norm()))
+    return worst

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from export_support import convert
+from export_support import convert, fresh_error
 
 import quantkit
 from quantkit.algorithms.codebook import table
@@ -41,18 +41,7 @@ def compare_fresh(checkpoint: Path, artifact: Path, batch: int, prompt: int, *, 
     model = quantkit.load(checkpoint, dtype="float32", cpu_activations=activations)
     runner = OnnxRunner(artifact, CacheShape.of(model), use_cache=True, level=level)
     chunk = 3 if batch == 1 else 1
-    ids = torch.randint(3, 256, (batch, prompt + chunk + 1))
-    worst, cache, done = 0.0, None, 0
-    for count in (prompt, chunk, 1):
-        part = ids[:, done : done + count]
-        done += count
-        with torch.no_grad(), use_reference():
-            out = model(input_ids=part, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        positions = torch.arange(done - count, done)[None].repeat(batch, 1)
-        got, _ = runner(part, torch.ones(batch, done, dtype=torch.int64), positions)
-        worst = max(worst, float((got - out.logits).norm() / out.logits.norm()))
-    return worst
+    return fresh_error(model, runner, batch, (prompt, chunk, 1))
 
 
 # float32 sums in another order: 1e-5 is ten times what was seen. Ternary rounds activations to int8, where

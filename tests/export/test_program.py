@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from export_support import FORMATS, convert
+from export_support import FORMATS, convert, fresh_error
 
 import quantkit
 from quantkit.cli.app import run
@@ -76,16 +76,7 @@ def test_fresh_sizes(tiny: Callable[..., Path], tmp_path: Path) -> None:
     model = quantkit.load(checkpoint, dtype="float32")
     for batch, prompt, length in ((1, 1, 16), (1, 17, 64), (3, 5, 9)):
         runner = program.StaticRunner(run, program.cache_shape(model), length=length)
-        ids, cache, done = torch.randint(3, 256, (batch, prompt + 4)), None, 0
-        for count in (prompt, 3, 1):
-            part = ids[:, done : done + count]
-            done += count
-            with torch.no_grad(), use_reference():
-                out = model(input_ids=part, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
-            positions = torch.arange(done - count, done)[None].repeat(batch, 1)
-            got, _ = runner(part, torch.ones(batch, done, dtype=torch.int64), positions)
-            assert float((got - out.logits).norm() / out.logits.norm()) < 1e-5
+        assert fresh_error(model, runner, batch, (prompt, 3, 1)) < 1e-5
 
 
 def test_a_full_disk_is_an_error_while_torch_writes() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kernel_support import compiled
 
 pytest.importorskip("triton")
 
@@ -36,22 +37,6 @@ def test_interpreted_kernels_match_float64(family: str) -> None:
     assert len(errors) > (20 if family == "gemv" else 40)
     bad = {case: e for case, e in errors.items() if not e <= 1}
     assert not bad, bad
-
-
-def compiled(
-    kernel: Any, types: dict[str, str], constants: dict[str, Any], target: Any, **options: int
-) -> Any:
-    """The kernel's binary for `target`, with pointers and sizes divisible by 16, M excepted."""
-    import triton
-    from triton.compiler import ASTSource
-
-    signature, attributes = {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        signature[name] = "constexpr" if name in constants else types.get(name, "i32")
-        if name not in constants and name != "M":
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    return triton.compile(ASTSource(kernel, signature, values, attributes), target=target, options=options)
 
 
 POINTERS = {

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_support import compiled
 
 pytest.importorskip("triton")
 
@@ -24,7 +25,7 @@ def ptx(monkeypatch: pytest.MonkeyPatch) -> None:
 def covers(kind: str, n: int, k: int, group: int, **more: Any) -> bool:
     x = torch.empty(more.get("m", 1), k, dtype=more.get("dtype", torch.bfloat16), device="meta")
     codes = torch.empty(n, k // 2, dtype=torch.uint8, device="meta")
-    return gemv_launch.covers(x, codes, KINDS[kind], n, group)
+    return gemv_launch.tile_for(x, codes, KINDS[kind], n, group) is not None
 
 
 @pytest.mark.usefixtures("ptx")
@@ -44,6 +45,14 @@ def test_what_is_covered() -> None:
     )
 
 
+@pytest.mark.usefixtures("ptx")
+def test_rows_of_codes_begin_at_aligned_addresses() -> None:
+    x = torch.empty(1, 4096, dtype=torch.float16, device="meta")
+    wide = torch.empty(8192, 2056, dtype=torch.uint8, device="meta")
+    assert gemv_launch.tile_for(x, wide[:, :2048].contiguous(), KINDS["affine4"], 8192, 64)
+    assert gemv_launch.tile_for(x, wide[:, :2048], KINDS["affine4"], 8192, 64) is None
+
+
 def test_only_with_ptx(monkeypatch: pytest.MonkeyPatch) -> None:
     for target in (("hip", 0), ("cuda", 75), ("interpreter", 0)):
         monkeypatch.setattr(launch, "target", lambda target=target: target)
@@ -54,9 +63,7 @@ def test_only_with_ptx(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_the_loop_has_no_barrier(kind: str, chip: int) -> None:
     """Nothing is exchanged between threads until the sums at the end: no barrier inside the loop."""
-    import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     from quantkit.kernels.gemv import gemv_kernel
 
@@ -67,13 +74,8 @@ def test_the_loop_has_no_barrier(kind: str, chip: int) -> None:
     }  # fmt: skip
     types = dict.fromkeys(("x_ptr", "bias_ptr", "out_ptr"), "*bf16")
     types |= {"codes_ptr": "*u8", "scale_ptr": "*fp32", "zero_ptr": "*u8", "lut_ptr": "*fp32"}
-    names = gemv_kernel.arg_names
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    divisible = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in constants}
-    values = {(names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(gemv_kernel, signature, values, divisible)
-    binary = triton.compile(
-        source, target=GPUTarget("cuda", chip, 32), options={"num_warps": tile.warps, "num_stages": 1}
+    binary = compiled(
+        gemv_kernel, types, constants, GPUTarget("cuda", chip, 32), num_warps=tile.warps, num_stages=1
     )
     text = binary.asm["ptx"]
     assert binary.metadata.shared + (32768 if kind == "codebook" else 0) <= 49152

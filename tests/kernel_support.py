@@ -1,0 +1,21 @@
+"""What the tests of kernels share: compilation without a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def compiled(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], target: Any, **options: int
+) -> Any:
+    """The kernel's binary for `target`, with pointers and sizes divisible by 16, M excepted."""
+    import triton
+    from triton.compiler import ASTSource
+
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        signature[name] = "constexpr" if name in constants else types.get(name, "i32")
+        if name not in constants and name != "M":
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    return triton.compile(ASTSource(kernel, signature, values, attributes), target=target, options=options)
