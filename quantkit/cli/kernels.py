@@ -60,9 +60,7 @@ def build_command(
 
     def report(entry: dict[str, Any]) -> None:
         if not as_json:
-            out.print(
-                f"[dim]{entry['file']}[/dim]  {entry['shared']} of {entry['shared_limit']} bytes shared"
-            )
+            out.print(f"[dim]{entry['file']}[/dim]  {_shared(entry)} of {entry['shared_limit']} bytes shared")
 
     manifest = aot.build(request, target, output, report, jobs)
     if as_json:
@@ -110,9 +108,14 @@ def list_command(
     view = table("target", "kernel", "constants", "threads", "shared", "limit", right=[3, 4, 5])
     for entry in manifest["kernels"]:
         constants = " ".join(f"{k}={v}" for k, v in entry["constants"].items())
-        numbers = (entry["threads"], entry["shared"], entry["shared_limit"])
+        numbers = (entry["threads"], _shared(entry), entry["shared_limit"])
         view.add_row(entry["target"], entry["kernel"], constants, *map(str, numbers))
     console().print(view)
+
+
+def _shared(entry: dict[str, Any]) -> int:
+    """Bytes of shared memory that a program takes in all. (Older manifests do not know the static ones.)"""
+    return int(entry["shared"]) + int(entry.get("static_shared", 0))
 
 
 def _request(

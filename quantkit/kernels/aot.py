@@ -11,7 +11,7 @@ where it does not fit), and writes
 
 A manifest entry holds: the arguments in order with their types, which of them must be divisible by 16
 (pointers: aligned to 16 bytes), the compile-time constants, the grid rule in words of those, threads per
-program, bytes of shared memory and the chip's limit.
+program, bytes of shared memory (to ask for at launch, and static ones besides) and the chip's limit.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from triton.runtime.jit import JITFunction
 from quantkit.encoding import Affine, Codebook, Encoding, Float8, expected_shapes
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.kernels import dispatch, launch, tuned
+from quantkit.kernels.codebook_lookup import TABLE_BYTES
 
 #: Bytes of shared memory that one program may have, by target (CUDA programming guide, table of compute
 #: capabilities, minus the 1 KB that the driver keeps from sm_80 on; AMD: the size of the LDS).
@@ -256,12 +257,15 @@ def compile_record(item: Record, target_name: str) -> Built:
         )
         compiled = triton.compile(source, target=target, options=options)
         shared = int(compiled.metadata.shared)
+        static = (
+            TABLE_BYTES if "quantkit_pairs" in compiled.asm.get("ptx", "") else 0
+        )  # Triton does not count it
         stages = int(constants.get("STAGES", options.get("num_stages", 1)))
-        if shared <= limit:
+        if shared + static <= limit:
             break
         if stages == 1:
             raise QuantkitError(
-                f"{item.name} takes {shared} bytes of shared memory, {target_name} has {limit}",
+                f"{item.name} takes {shared + static} bytes of shared memory, {target_name} has {limit}",
                 hint="Its tile in quantkit/kernels/tuning.py is too large for this chip.",
             )
         options["num_stages"] = stages - 1
@@ -285,6 +289,7 @@ def compile_record(item: Record, target_name: str) -> Built:
             int(getattr(compiled.metadata, f"{kind}_scratch_size", 0)) for kind in ("global", "profile")
         ],
         "shared": shared,
+        "static_shared": static,
         "shared_limit": limit,
         "sha256": hashlib.sha256(binary).hexdigest(),
     }

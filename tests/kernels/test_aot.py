@@ -72,6 +72,22 @@ def test_build_writes_binaries_and_a_manifest(target: str, magic: bytes, tmp_pat
     assert entry["threads"] == 4 * (32 if target.startswith("sm_") else 64)
 
 
+@pytest.mark.parametrize("rows", [1, 8])
+def test_static_shared_memory_counts(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NF4's table, which Triton does not know of: as the binary itself says, and held to the chip's limit."""
+    from quantkit.export import elf
+
+    request = aot.Request((Codebook(4, 64),), (torch.bfloat16,), ((4096, 4096),), (rows,), backward=False)
+    (record,) = aot.collect(request, aot.parse_target("sm_90"))
+    built = aot.compile_record(record, "sm_90")
+    # The binary's number has a kilobyte more, which the driver keeps of every block and the limit leaves out.
+    in_binary = elf.static_shared(built.binary, built.entry["symbol"]) - 1024
+    assert built.entry["static_shared"] == in_binary == 32768
+    monkeypatch.setitem(aot.SHARED_LIMIT, "sm_90", 32768)
+    with pytest.raises(QuantkitError, match="bytes of shared memory, sm_90 has 32768"):
+        aot.compile_record(record, "sm_90")
+
+
 def test_parallel_builds_write_the_same(tmp_path: Path) -> None:
     """Two targets in two processes: the manifest of one process, in its order, and the same bytes."""
     alone = aot.build(ONE, ["sm_80", "sm_90"], tmp_path / "1")
