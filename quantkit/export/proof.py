@@ -116,8 +116,8 @@ def _tensors(cache: Any) -> list[Tensor]:
 
 
 def largest_logit(expected: Expected) -> float:
-    """Of all calls, padding included."""
-    return max(float(t.abs().max()) for t in expected.logits)
+    """Of all real tokens: what `compare` reports and errors are a share of."""
+    return max(float(t[_real(call)].abs().max()) for call, t in zip(expected.calls, expected.logits))
 
 
 def furthest(one: Expected, other: Expected) -> float:
