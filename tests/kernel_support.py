@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 
@@ -19,3 +20,14 @@ def compiled(
             attributes[(i,)] = [["tt.divisibility", 16]]
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     return triton.compile(ASTSource(kernel, signature, values, attributes), target=target, options=options)
+
+
+def longest_loop(ptx: str) -> str:
+    """The text of the longest loop in PTX: from a label to the branch back to it."""
+    labels = {m.group(1): m.start() for m in re.finditer(r"^(\$L__BB\d+_\d+):", ptx, re.M)}
+    loops = [
+        ptx[labels[m.group(1)] : m.start()]
+        for m in re.finditer(r"bra(?:\.uni)?\s+(\$L__BB\d+_\d+);", ptx)
+        if labels[m.group(1)] < m.start()
+    ]
+    return max(loops, key=len)

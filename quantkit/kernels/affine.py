@@ -1,6 +1,7 @@
 """Triton backend of the affine ops: chooses a route by M.
 
     M = 1               `gemv`, where it covers the weight (4 and 3 bits)
+    M = 2 .. 8          `few_rows`, likewise
     M <= FUSED_ROWS     `affine_gemm`, `affine_gemm_wide`: codes to tensor cores, no dense weight anywhere
     larger              W, or a slice of it at a time, is dequantized and the vendor's BLAS multiplies
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantkit.kernels import sliced, ternary, tuning
+from quantkit.kernels import few_rows_launch, sliced, ternary, tuning
 from quantkit.kernels.affine_launch import (
     FLOATS,
     AffineWeight,
@@ -22,7 +23,7 @@ from quantkit.kernels.affine_launch import (
     launch_dequantize,
     launch_gemm,
 )
-from quantkit.kernels.gemv_launch import kind_of, launch_gemv, tile_for
+from quantkit.kernels.gemv_launch import kind_of
 from quantkit.kernels.launch import device_of
 
 
@@ -51,11 +52,15 @@ def affine_linear(
     with device_of(x):
         if rows.shape[0] > (tuning.FUSED_ROWS_3BIT if bits == 3 else tuning.FUSED_ROWS):
             out = _sliced_linear(rows, weight, bias)
-        elif (kind := kind_of(bits)) is not None and (tile := tile_for(rows, codes, kind, n, weight.group)):
-            inputs = rows if perm is None else rows.index_select(1, perm)
-            out = launch_gemv(inputs, codes, scale, zero, None, bias, kind, n, weight.group, tile)
         else:
-            out = launch_gemm(rows, weight, bias, tuning.gemm_config(rows.shape[0], n, k, bits))
+            few = few_rows_launch.multiply(
+                rows, codes, scale, zero, None, bias, perm, kind_of(bits), n, weight.group
+            )
+            out = (
+                few
+                if few is not None
+                else launch_gemm(rows, weight, bias, tuning.gemm_config(rows.shape[0], n, k, bits))
+            )
     return out.view(*x.shape[:-1], n)
 
 

@@ -247,7 +247,14 @@ def affine_gemm_kernel(
 
 @triton.jit(do_not_specialize=["size"])
 def sum_splits_kernel(
-    parts_ptr, bias_ptr, out_ptr, N, size, SPLIT: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr
+    parts_ptr,
+    bias_ptr,
+    out_ptr,
+    N,
+    size,
+    SPLIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
 ):
     """out `[M, N]` = sum of parts `[SPLIT, M, N]` in order, plus bias; grid (ceil(M * N / BLOCK),)."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

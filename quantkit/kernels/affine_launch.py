@@ -65,22 +65,26 @@ class Fusion:
     gated: bool = False
 
 
+_ALONE = Fusion()
+
+#: (kernel, its options with the stages that did not fit) -> one fewer
 _fitting_stages: dict[tuple[Any, ...], int] = {}
 
 
-def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+def launch_fitting(
+    kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]
+) -> None:
     """Launch with as many of `options["STAGES"]` pipeline stages as the chip's shared memory holds."""
-    key = (id(kernel), *(v for v in options.values() if not isinstance(v, Tensor)))
-    stages = _fitting_stages.get(key, options["STAGES"])
-    while True:
-        try:
-            kernel[grid](*arguments, **{**options, "STAGES": stages, "num_stages": stages})
-            return
-        except OutOfResources:
-            if stages == 1:
-                raise
-            stages -= 1
-            _fitting_stages[key] = stages
+    options["num_stages"] = options["STAGES"]
+    while _fitting_stages and (fewer := _fitting_stages.get((id(kernel), *options.values()))):
+        options["STAGES"] = options["num_stages"] = fewer
+    try:
+        device.launch(kernel, grid, *arguments, **options)
+    except OutOfResources:
+        if options["STAGES"] == 1:
+            raise
+        _fitting_stages[id(kernel), *options.values()] = options["STAGES"] - 1
+        launch_fitting(kernel, grid, arguments, options)
 
 
 def launch_gemm(
@@ -106,7 +110,7 @@ def launch_gemm(
     dot = _DOT[x.dtype]
     if x.dtype == torch.float32 and row_scales and device.has_ptx():
         dot = tl.bfloat16  # in three pieces, see the kernel
-    fusion = fusion or Fusion()
+    fusion = fusion or _ALONE
     out = x.new_empty((m, n // 2 if fusion.gated else n))
     target = x.new_empty((split, m, n), dtype=torch.float32) if split > 1 else out
     grid = (cdiv(n, config.rows), split, cdiv(m, config.columns))
@@ -147,7 +151,7 @@ def launch_gemm(
         )
         strides = (inputs.stride(0), out.shape[1])
         arguments: tuple[Any, ...] = (inputs, *packed, *around, target, fusion.norm_eps, *shape, *strides)
-        launch(affine_gemm_kernel, grid, arguments, options)
+        launch_fitting(affine_gemm_kernel, grid, arguments, options)
     else:
         tile = config.inputs // parts
         inputs, sums = launch_split_inputs(x, weight.perm, parts, tile)
@@ -155,7 +159,7 @@ def launch_gemm(
         if weight.bits == 3 and row_scales and tile >= 32:
             eighths, _ = launch_split_inputs(x, weight.perm, 8, tile // 2)
         arguments = (inputs, eighths, sums, *packed, target, *shape, inputs.shape[-1], n)
-        launch(affine_gemm_wide_kernel, grid, arguments, options)
+        launch_fitting(affine_gemm_wide_kernel, grid, arguments, options)
     if split > 1:
         sum_splits(target, bias, out)
     return out
@@ -172,7 +176,9 @@ def launch_split_inputs(x: Tensor, perm: Tensor | None, parts: int, tile: int) -
     out = x.new_empty((parts, m, width))
     sums = x.new_empty((tiles, m), dtype=torch.float32)
     together = max(1, 512 // tile)
-    split_inputs_kernel[(cdiv(tiles, together), m)](
+    device.launch(
+        split_inputs_kernel,
+        (cdiv(tiles, together), m),
         x,
         perm if perm is not None else x,
         out,
@@ -193,7 +199,9 @@ def launch_split_inputs(x: Tensor, perm: Tensor | None, parts: int, tile: int) -
 def sum_splits(parts: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     """out `[M, N]` = the float32 `parts [S, M, N]` added in order, plus bias: the same bits on every run."""
     block = 256
-    sum_splits_kernel[(cdiv(out.numel(), block),)](
+    device.launch(
+        sum_splits_kernel,
+        (cdiv(out.numel(), block),),
         parts,
         bias if bias is not None else out,
         out,
@@ -253,7 +261,7 @@ def launch_backward(
         "num_warps": config.warps,
     }
     grid = (cdiv(k, columns), split, cdiv(m, config.rows))
-    launch(affine_backward_kernel, grid, arguments, options)
+    launch_fitting(affine_backward_kernel, grid, arguments, options)
     if split > 1:
         sum_splits(target, None, out)
     return out
@@ -268,7 +276,9 @@ def launch_dequantize(
     """
     group, tile = weight.group, 128
     if weight.bits == 3 and weight.perm is None and _fits_words(weight, out, rows, columns):
-        affine_dequantize3_kernel[(columns[1] // 256, rows[1] // 16)](
+        device.launch(
+            affine_dequantize3_kernel,
+            (columns[1] // 256, rows[1] // 16),
             weight.codes.view(torch.int16),
             weight.codes,
             weight.scale,
@@ -289,7 +299,9 @@ def launch_dequantize(
     while group and group % tile and tile > max(32, 16 * weight.parts):
         tile //= 2
     tall = 32 * 128 // tile
-    affine_dequantize_kernel[(cdiv(columns[1], tile), cdiv(rows[1], tall))](
+    device.launch(
+        affine_dequantize_kernel,
+        (cdiv(columns[1], tile), cdiv(rows[1], tall)),
         weight.codes,
         weight.scale,
         weight.zero,

@@ -125,7 +125,7 @@ class Request:
     )
     dtypes: Sequence[torch.dtype] = (torch.float16, torch.bfloat16)
     shapes: Sequence[tuple[int, int]] = ((4096, 4096), (14336, 4096))
-    rows: Sequence[int] = (1, 8, 16, 32, 64, 128, 4096)
+    rows: Sequence[int] = (1, 2, 8, 16, 32, 64, 128, 4096)
     backward: bool = True
 
 

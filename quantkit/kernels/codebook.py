@@ -1,6 +1,7 @@
 """Triton backend of the codebook ops (NF4, FP4): chooses a kernel by M and launches it.
 
     M = 1                               `gemv_kernel`, where it covers the weight
+    M = 2 .. 4 (blocks of 64)           `few_rows_kernel`, likewise
     M <= codebook_tuning.FUSED_ROWS     `codebook_gemm_kernel` / `codebook_gemm_wide_kernel`
     larger                              slices of W dequantized, multiplied by the vendor's BLAS
 
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.kernels import codebook_tuning, sliced, tuning
+from quantkit.kernels import codebook_tuning, few_rows_launch, sliced, tuning
 from quantkit.kernels.affine_launch import sum_splits
 from quantkit.kernels.codebook_backward import codebook_backward_kernel
 from quantkit.kernels.codebook_dequantize import (
@@ -27,8 +28,14 @@ from quantkit.kernels.codebook_dequantize import (
 from quantkit.kernels.codebook_gemm import codebook_gemm_kernel, codebook_gemm_wide_kernel
 from quantkit.kernels.codebook_tuning import Config
 from quantkit.kernels.gemv import CODEBOOK
-from quantkit.kernels.gemv_launch import launch_gemv, tile_for
-from quantkit.kernels.launch import DOT_TYPES, cdiv, device_of, has_ptx, large_shared_memory
+from quantkit.kernels.launch import (
+    DOT_TYPES,
+    cdiv,
+    device_of,
+    has_ptx,
+    large_shared_memory,
+    launch,
+)
 from quantkit.kernels.tuning import BackwardConfig
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -55,13 +62,15 @@ def codebook_linear(
                 launch_dequantize(codes, scale, lut, k, block_size, out, row, column)
 
             out = sliced.linear(rows, out_features, bias, fill)
-        elif tile := tile_for(rows, codes, CODEBOOK.value, out_features, block_size):
-            out = launch_gemv(
-                rows, codes, scale, None, lut, bias, CODEBOOK.value, out_features, block_size, tile
-            )
         else:
-            config = codebook_tuning.config(rows.shape[0], out_features, large_shared_memory(), k)
-            out = launch_gemm(rows, codes, scale, lut, bias, out_features, block_size, config)
+            few = few_rows_launch.multiply(
+                rows, codes, scale, None, lut, bias, None, CODEBOOK.value, out_features, block_size
+            )
+            if few is not None:
+                out = few
+            else:
+                config = codebook_tuning.config(rows.shape[0], out_features, large_shared_memory(), k)
+                out = launch_gemm(rows, codes, scale, lut, bias, out_features, block_size, config)
     return out.view(*x.shape[:-1], out_features)
 
 
@@ -119,9 +128,9 @@ def launch_gemm(
     }
     grid = (cdiv(n, config.rows), split, cdiv(m, config.columns))
     if slices > 1:
-        codebook_gemm_kernel[grid](*arguments, **options, KS=slices, ONE_ROW=m == 1)
+        launch(codebook_gemm_kernel, grid, *arguments, **options, KS=slices, ONE_ROW=m == 1)
     else:
-        codebook_gemm_wide_kernel[grid](*arguments, **options)
+        launch(codebook_gemm_wide_kernel, grid, *arguments, **options)
     if split > 1:
         sum_splits(target, bias, out)
     return out
@@ -170,7 +179,9 @@ def launch_backward(
     out = grad.new_empty((m, k))
     target = grad.new_empty((split, m, k), dtype=torch.float32) if split > 1 else out
     grid = (k // columns, split, cdiv(m, config.rows))
-    codebook_backward_kernel[grid](
+    launch(
+        codebook_backward_kernel,
+        grid,
         grad,
         codes,
         scale,
@@ -229,7 +240,9 @@ def launch_dequantize(
     aligned = in_features % block_size == 0 and column % block_size == 0 and inputs % block_size == 0
     fits = in_features % 128 == 0 and column % 128 == 0 and rows % 16 == 0 and columns % inputs == 0
     if fits and in_features % block_size == 0 and block_size % 8 == 0 and codes.storage_offset() % 4 == 0:
-        codebook_dequantize_words_kernel[(columns // inputs, rows // 16)](
+        launch(
+            codebook_dequantize_words_kernel,
+            (columns // inputs, rows // 16),
             codes.view(torch.int32),
             scale,
             lut,
@@ -245,7 +258,9 @@ def launch_dequantize(
             num_warps=4,
         )
         return
-    codebook_dequantize_kernel[(cdiv(columns, inputs), cdiv(rows, tall))](
+    launch(
+        codebook_dequantize_kernel,
+        (cdiv(columns, inputs), cdiv(rows, tall)),
         codes,
         scale,
         lut,

@@ -27,7 +27,15 @@ from quantkit.kernels.float8_dequantize import float8_dequantize_kernel
 from quantkit.kernels.float8_gemm import float8_gemm_kernel, float8_gemm_wide_kernel
 from quantkit.kernels.float8_native import float8_native_kernel
 from quantkit.kernels.float8_tuning import Config
-from quantkit.kernels.launch import DOT_TYPES, cdiv, device_of, has_float8, has_ptx, large_shared_memory
+from quantkit.kernels.launch import (
+    DOT_TYPES,
+    cdiv,
+    device_of,
+    has_float8,
+    has_ptx,
+    large_shared_memory,
+    launch,
+)
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _GROUPS = {"fp8_token": 0, "fp8_static": 0, "fp8_group128": 128}
@@ -128,7 +136,9 @@ def round_activation(
     block = 1024 if group else triton.next_power_of_2(k)
     grid = (m, cdiv(k, block))
     warps = 4 if group else min(16, max(1, block // 256))
-    round_rows_kernel[grid](
+    launch(
+        round_rows_kernel,
+        grid,
         x,
         q,
         x_scale,
@@ -208,9 +218,9 @@ def launch_gemm(
     }
     grid = (cdiv(n, config.rows), split, cdiv(m, config.columns))
     if slices > 1:
-        float8_gemm_kernel[grid](*arguments, **options, KS=slices, ONE_ROW=m == 1)
+        launch(float8_gemm_kernel, grid, *arguments, **options, KS=slices, ONE_ROW=m == 1)
     else:
-        float8_gemm_wide_kernel[grid](*arguments, **options)
+        launch(float8_gemm_wide_kernel, grid, *arguments, **options)
     if split > 1:
         sum_splits(target, bias, out)
     return out
@@ -231,7 +241,9 @@ def launch_native(
     (m, k), n = q.shape, codes.shape[0]
     out = torch.empty((m, n), dtype=dtype, device=q.device)
     rows = 128 if m > 64 else 64
-    float8_native_kernel[(cdiv(m, rows) * cdiv(n, 128),)](
+    launch(
+        float8_native_kernel,
+        (cdiv(m, rows) * cdiv(n, 128),),
         q,
         codes.view(torch.float8_e4m3fn),
         x_scale,
@@ -300,7 +312,9 @@ def launch_backward(
     out = grad.new_empty((m, k))
     target = grad.new_empty((split, m, k), dtype=torch.float32) if split > 1 else out
     grid = (cdiv(k, columns), split, cdiv(m, config.rows))
-    float8_backward_kernel[grid](
+    launch(
+        float8_backward_kernel,
+        grid,
         grad,
         codes,
         scale,
@@ -344,7 +358,9 @@ def launch_dequantize(
     """Dense values into `out [rows, columns]`, from (`row`, `column`) of W on."""
     rows, columns = out.shape
     inputs, tall = 128, 32
-    float8_dequantize_kernel[(cdiv(columns, inputs), cdiv(rows, tall))](
+    launch(
+        float8_dequantize_kernel,
+        (cdiv(columns, inputs), cdiv(rows, tall)),
         codes,
         scale,
         out,

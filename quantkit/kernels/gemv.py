@@ -39,13 +39,13 @@ from quantkit.kernels.codebook_lookup import eight_values, fill_table
 CODEBOOK, AFFINE4, AFFINE3 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
-def _loads(words: int, kept: bool) -> str:
-    """PTX for `words` 32-bit words at the address in the last operand. Weights are read once: not kept in L1."""
+def _loads(count: int, kept: bool) -> str:
+    """PTX for `count` 32-bit words at the address in the last operand. Weights are read once: not kept in L1."""
     hint = "" if kept else ".L1::no_allocate"
-    if words == 1:
+    if count == 1:
         return f"ld.global.nc{hint}.b32 $0, [$1];"
-    outs = ",".join(f"${i}" for i in range(words))
-    return f"ld.global.nc{hint}.v{words}.b32 {{{outs}}}, [${words}];"
+    outs = ",".join(f"${i}" for i in range(count))
+    return f"ld.global.nc{hint}.v{count}.b32 {{{outs}}}, [${count}];"
 
 
 _LOAD_X = tl.constexpr(_loads(4, True))
@@ -101,7 +101,7 @@ _CODES3_CON = tl.constexpr(",".join(["=r"] * 16 + ["r", "r"]))
 
 
 @triton.jit
-def _words(p, COUNT: tl.constexpr, KEPT: tl.constexpr, ASM: tl.constexpr):
+def words(p, COUNT: tl.constexpr, KEPT: tl.constexpr, ASM: tl.constexpr):
     """COUNT (1, 2 or 4) words at the byte addresses `p`, as a tuple."""
     if ASM:
         at = p.to(tl.int64)
@@ -117,15 +117,15 @@ def _words(p, COUNT: tl.constexpr, KEPT: tl.constexpr, ASM: tl.constexpr):
             else:
                 return tl.inline_asm_elementwise(_LOAD4, "=r,=r,=r,=r,l", [at], four, is_pure=True, pack=1)
     else:
-        words = p.to(tl.pointer_type(tl.int32), bitcast=True)
+        pointers = p.to(tl.pointer_type(tl.int32), bitcast=True)
         out = ()
         for i in tl.static_range(COUNT):
-            out = out + (tl.load(words + i),)
+            out = out + (tl.load(pointers + i),)
         return out
 
 
 @triton.jit
-def _number(p, ASM: tl.constexpr):
+def number(p, ASM: tl.constexpr):
     """One scale or zero point at each of `p`, as float32."""
     kind: tl.constexpr = p.dtype.element_ty
     if not ASM:
@@ -148,7 +148,7 @@ def _number(p, ASM: tl.constexpr):
 
 
 @triton.jit
-def _two_inputs(word, DTYPE: tl.constexpr):
+def two_inputs(word, DTYPE: tl.constexpr):
     """The two inputs in a 32-bit word as float32. (By their bits: the interpreter's bfloat16 is wrong.)"""
     if tl.bfloat16 == DTYPE:
         return ((word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True))
@@ -162,9 +162,9 @@ def _inputs(p, inside, COUNT: tl.constexpr, DTYPE: tl.constexpr, EVEN_K: tl.cons
     """COUNT inputs at each byte address of `p`, as float32; zeros outside."""
     out = ()
     for i in tl.static_range(COUNT // 8):
-        words = _words(p + 16 * i, 4, True, ASM)
+        four = words(p + 16 * i, 4, True, ASM)
         for j in tl.static_range(4):
-            a, b = _two_inputs(words[j] if EVEN_K else tl.where(inside, words[j], 0), DTYPE)
+            a, b = two_inputs(four[j] if EVEN_K else tl.where(inside, four[j], 0), DTYPE)
             out = out + (a, b)
     return out
 
@@ -206,9 +206,9 @@ def _values(w, j: tl.constexpr, lut_ptr, KIND: tl.constexpr, DTYPE: tl.constexpr
 def _unit(row, at, high_offset, KIND: tl.constexpr, ASM: tl.constexpr):
     """The words of the units that begin at the inputs `at`: four, or two of low and one of top bits."""
     if KIND == AFFINE3:
-        return _words(row + at // 4, 2, False, ASM) + _words(row + high_offset + at // 8, 1, False, ASM)
+        return words(row + at // 4, 2, False, ASM) + words(row + high_offset + at // 8, 1, False, ASM)
     else:
-        return _words(row + at // 2, 4, False, ASM)
+        return words(row + at // 2, 4, False, ASM)
 
 
 @triton.jit
@@ -234,9 +234,9 @@ def _step(
     for r in tl.static_range(R):
         far = tl.full((), r * BN, tl.int64)
         ws = ws + (_unit(row + far * row_bytes, at, high_offset, KIND, ASM),)
-        ss = ss + (_number(scales + far * groups + g, ASM),)
+        ss = ss + (number(scales + far * groups + g, ASM),)
         if KIND != CODEBOOK:
-            zs = zs + (_number(zeros + far * groups + g, ASM),)
+            zs = zs + (number(zeros + far * groups + g, ASM),)
     return ws, ss, zs
 
 

@@ -95,7 +95,9 @@ def launch_gemv(
     k = x.shape[1]
     out = x.new_empty((1, n))
     row_bytes = codes.stride(0) if codes.dim() == 2 else k // 2
-    gemv_kernel[(n // (tile.rows * tile.per_thread),)](
+    launch.launch(
+        gemv_kernel,
+        (n // (tile.rows * tile.per_thread),),
         x,
         codes,
         scale,

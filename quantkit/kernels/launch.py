@@ -36,6 +36,46 @@ def has_ptx() -> bool:
     return backend == "cuda" and arch >= 80
 
 
+#: (kernel, device, what the compiler specializes on, options) -> (compiled kernel, constants in their order)
+_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+#: Far more than a model needs; then the table begins anew.
+_MOST_COMPILED = 8192
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """`kernel[grid](*arguments, **options)`, from the second call on past Triton's own look-up.
+
+    `arguments` are the kernel's first parameters (tensors and numbers), `options` its constants and the compiler's
+    options. Triton binds, classifies and hashes them all, and compares every global value, on each call: 20 to 30 us,
+    more than a small product takes. Here the key is what it classifies by: dtypes, addresses' alignment, integers.
+    """
+    key: tuple[Any, ...] = (
+        id(kernel),
+        arguments[0].device,
+        *options.values(),
+        # What Triton compiles for: an integer's value, that it is a float, a tensor's dtype and alignment.
+        *[
+            a
+            if (kind := type(a)) is int
+            else kind
+            if kind is float
+            else (a.dtype if a.data_ptr() & 15 == 0 else (a.dtype,))
+            for a in arguments
+        ],
+    )
+    found = _compiled.get(key)
+    if found is None:
+        compiled = kernel[grid](*arguments, **options)
+        if compiled is not None and hasattr(compiled, "function"):  # neither interpreted nor recorded
+            if len(_compiled) >= _MOST_COMPILED:
+                _compiled.clear()
+            names = kernel.arg_names[len(arguments) :]
+            _compiled[key] = compiled, tuple(options[name] for name in names)
+        return
+    compiled, constants = found
+    compiled[grid if len(grid) == 3 else (*grid, 1, 1)[:3]](*arguments, *constants)
+
+
 def device_of(tensor: Tensor) -> Any:
     """Launches go to the current device: make it the tensor's."""
     if tensor.device.type in ("cpu", "meta"):

@@ -177,7 +177,9 @@ def int8_linear(x: Tensor, weight: affine_launch.AffineWeight, bias: Tensor | No
     scale = x.new_empty((m,), dtype=torch.float32)
     sums = x.new_empty((m,), dtype=torch.int32)
     perm = weight.perm
-    int8_rows_kernel[(m,)](
+    device.launch(
+        int8_rows_kernel,
+        (m,),
         x,
         perm if perm is not None else x,
         parts,
@@ -225,5 +227,5 @@ def int8_linear(x: Tensor, weight: affine_launch.AffineWeight, bias: Tensor | No
         "enable_fp_fusion": False,
     }
     grid = (cdiv(n, 32), cdiv(m, columns))
-    affine_launch.launch(ternary_gemm_kernel, grid, arguments, options)
+    affine_launch.launch_fitting(ternary_gemm_kernel, grid, arguments, options)
     return out

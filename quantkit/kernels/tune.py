@@ -59,28 +59,29 @@ def tune(
         progress(f"{form} {shape[0]}x{shape[1]} M={m}")
         if (form, shape) not in weights:
             weights = {(form, shape): _copies(form, shape, device)}
-        if m == 1 and _has_own_kernel(weights[form, shape][0], dtype):
-            progress(f"{form} {shape[0]}x{shape[1]} M=1 has a kernel of its own, whose tile is not tuned")
+        if _has_own_kernel(weights[form, shape][0], m, dtype):
+            progress(f"{form} {shape[0]}x{shape[1]} M={m} has a kernel of its own, whose tile is not tuned")
             continue
         deadline = time.perf_counter() + left / (len(work) - i)
         found.append(_one(form, weights[form, shape], m, dtype, clock, deadline))
     return found
 
 
-def _has_own_kernel(packed: PackedWeight, dtype: torch.dtype) -> bool:
-    """Does `gemv_kernel` serve one row of this weight?"""
+def _has_own_kernel(packed: PackedWeight, m: int, dtype: torch.dtype) -> bool:
+    """Do the kernels without shared memory serve m rows of x by this weight?"""
+    from quantkit.kernels import few_rows_launch, gemv_launch
     from quantkit.kernels.affine_launch import AffineWeight
     from quantkit.kernels.gemv import CODEBOOK
-    from quantkit.kernels.gemv_launch import kind_of, tile_for
 
     enc, (n, k), codes = packed.encoding, packed.shape, packed.codes
-    x = torch.empty(1, k, dtype=dtype, device=codes.device)
+    x = torch.empty(m, k, dtype=dtype, device=codes.device)
+    covers = (gemv_launch if m == 1 else few_rows_launch).tile_for
     if isinstance(enc, Codebook):
-        return tile_for(x, codes, CODEBOOK.value, n, enc.block_size) is not None
+        return covers(x, codes, CODEBOOK.value, n, enc.block_size) is not None
     if not isinstance(enc, Affine):
         return False
     weight = AffineWeight(codes, packed.scale, packed.zero, None, enc.bits, enc.group_size)  # type: ignore[arg-type]
-    return tile_for(x, codes, kind_of(enc.bits), n, weight.group) is not None
+    return covers(x, codes, gemv_launch.kind_of(enc.bits), n, weight.group) is not None
 
 
 def _one(

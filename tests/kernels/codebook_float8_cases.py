@@ -19,7 +19,16 @@ from torch import Tensor
 
 from quantkit.algorithms import codebook as tables
 from quantkit.encoding import Codebook, Float8, PackedWeight, dequantize
-from quantkit.kernels import codebook, codebook_tuning, float8, float8_tuning, gemv_launch, reference, tuning
+from quantkit.kernels import (
+    codebook,
+    codebook_tuning,
+    few_rows_launch,
+    float8,
+    float8_tuning,
+    gemv_launch,
+    reference,
+    tuning,
+)
 from quantkit.kernels.bench_cases import random_weight
 
 BOUND = {torch.float32: 2e-6, torch.float16: 1e-3}
@@ -136,6 +145,56 @@ def gemv_cases() -> Iterator[tuple[str, float]]:
                 yield f"gemv {form} {n}x{k} {dtype}", off if got.dtype == dtype else float("inf")
 
 
+def few_rows_cases() -> Iterator[tuple[str, float]]:
+    """`few_rows_kernel` on portable loads and products: each decoding, all rows of x that fit, groups of less than a
+    block, of one and one per row, tiles of 16 and 32 rows of W, a K that ends inside a step, both kinds of zeros.
+
+    bfloat16 runs too: its inputs are widened by their bits, and its result is rounded by the interpreter
+    toward zero (8 bits: less than a last place, 2**-7 relative).
+    """
+    device = torch.device("cpu")
+    for form, counts in (
+        ("nf4", (1, 4)),
+        ("affine-4g32", (1, 2)),
+        ("affine-4g128", (1, 8)),
+        ("affine-4g1408", (5,)),
+        ("hqq-4g64", (1, 3)),
+        ("affine-3g64", (2,)),
+        ("affine-3g1408", (1, 8)),
+        ("hqq-3g64", (4,)),
+    ):
+        for (n, k), tile in (
+            ((16, 512), few_rows_launch.FewRowsConfig(4, 1)),
+            ((32, 1408), few_rows_launch.FewRowsConfig(2, 2, 1)),
+            ((16, 1408), few_rows_launch.FewRowsConfig(4, 1)),
+        ):
+            if form.endswith("1408") and k != 1408:
+                continue
+            packed = random_weight(form, n, k, device)
+            enc = packed.encoding
+            group = enc.block_size if isinstance(enc, Codebook) else enc.group_size % k  # type: ignore[union-attr]
+            kind = 0 if isinstance(enc, Codebook) else gemv_launch.kind_of(enc.bits)  # type: ignore[union-attr]
+            exact = dequantize(packed, torch.float64)
+            for m in counts:
+                for dtype, slack in ((torch.float16, 1.0), (torch.bfloat16, 2.0**-7 / BOUND[torch.float16])):
+                    x, bias = torch.randn(m, k + 8).to(dtype)[:, :k], torch.randn(n).to(dtype)
+                    packed_tensors = (packed.codes, packed.scale, packed.zero, packed.lut)
+                    got = few_rows_launch.launch_few_rows(
+                        x,
+                        *packed_tensors,
+                        bias,
+                        kind,
+                        n,
+                        group,
+                        tile,
+                        asm=False,  # type: ignore[arg-type]
+                    )
+                    want = x.double() @ exact.T + bias.double()
+                    off = float((got.double() - want).norm() / want.norm()) / BOUND[torch.float16] / slack
+                    ok = got.dtype == dtype and got.shape == (m, n)
+                    yield f"few rows {form} {m} x {n}x{k} {dtype}", off if ok else float("inf")
+
+
 def float8_weight(n: int, k: int, block: tuple[int, int], activation: str | None) -> PackedWeight:
     """Every code but the two NaNs."""
     valid = torch.tensor([code for code in range(256) if code & 0x7F != 0x7F], dtype=torch.uint8)
@@ -205,7 +264,12 @@ def rounding_error() -> float:
 
 def main() -> None:
     torch.manual_seed(int.from_bytes(__import__("os").urandom(4), "little"))
-    cases = {"codebook": codebook_cases, "gemv": gemv_cases, "float8": float8_cases}[sys.argv[1]]
+    cases = {
+        "codebook": codebook_cases,
+        "gemv": gemv_cases,
+        "few-rows": few_rows_cases,
+        "float8": float8_cases,
+    }[sys.argv[1]]
     print(json.dumps(dict(cases())))
 
 

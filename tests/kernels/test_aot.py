@@ -15,7 +15,7 @@ from quantkit.encoding import Affine, Codebook, Float8
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.kernels import aot
 
-ONE = aot.Request((Affine(4, 64),), (torch.float16,), ((256, 512),), (2,), backward=False)
+ONE = aot.Request((Affine(4, 128),), (torch.float16,), ((256, 512),), (2,), backward=False)
 #: The targets that issue 3 names.
 TARGETS = ["sm_75", "sm_80", "sm_89", "sm_90", "sm_100", "gfx90a", "gfx942", "gfx1100"]
 
@@ -66,7 +66,7 @@ def test_build_writes_binaries_and_a_manifest(target: str, magic: bytes, tmp_pat
     assert (tmp_path / entry["file"]).read_bytes()[:4] == magic
     assert entry["kernel"] == entry["symbol"] == "affine_gemm_kernel"
     assert entry["arguments"]["x_ptr"] == "*fp16" and entry["arguments"]["M"] == "i32"
-    assert entry["constants"]["BITS"] == 4 and entry["constants"]["GROUP"] == 64
+    assert entry["constants"]["BITS"] == 4 and entry["constants"]["GROUP"] == 128
     assert entry["grid"] == "(ceil(N / BN), SPLIT, ceil(M / BM))"
     assert 0 < entry["shared"] <= entry["shared_limit"] == aot.SHARED_LIMIT[target]
     assert entry["threads"] == 4 * (32 if target.startswith("sm_") else 64)

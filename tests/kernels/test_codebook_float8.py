@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("family", ["codebook", "float8", "gemv"])
+@pytest.mark.parametrize("family", ["codebook", "float8", "gemv", "few-rows"])
 def test_interpreted_kernels_match_float64(family: str) -> None:
     environment = {
         **os.environ,

@@ -1,0 +1,342 @@
+"""y = W @ x for two to eight rows of x (decoding), from four- and three-bit weights, past shared memory (Triton).
+
+The compiler's own matrix products want operands in their layouts, which costs a trip through shared memory and a
+barrier for every step of K; at few rows, waiting for those and not the memory set the pace (ADR 0039). Here
+nothing changes hands until the end. A warp multiplies 16 rows of W by 8 columns with `mma.m16n8k16`, whose operands
+are made where the loads leave them: a product may take its K in any order, as long as W and x take the same.
+
+    thread (g, t) of a warp, g < 8, t < 4, in a block of 128 inputs:
+        W      rows g and g + 8, the *unit* of 32 neighbouring codes t: one 16-byte load each (three bits: 8 + 4)
+        x      column g: the 32 inputs of unit t
+        mma    8 times; each takes 4 codes of both rows and the 4 inputs that belong to them
+        part   rows g and g + 8, columns 2t and 2t + 1, float32
+
+A column is a row of x, or, where groups are shorter than the step, a row of x in one of the step's groups, zeros
+elsewhere: NC = 128 / GROUP columns a row of x, so that each part has one scale.
+
+    one step of the program, K advances by KS * 128, KS warps side by side:
+        next  = codes, scales and zero points of the next step, asked for before this one's are used
+        acc  += part * scale                                                    codebook
+        acc  += (part - (OFFSET + zero) * sum of the column's x) * scale        affine
+
+The sums of x are another mma, with ones for W. At the end acc is summed over KS, always in the same order.
+
+Values, two codes to a register:
+    CODEBOOK  table of byte pairs in shared memory (`codebook_lookup`)
+    4 bits    q or-ed into the mantissa of 128 (bfloat16) or 64 (float16): shift and lop3
+    3 bits    the same from both planes, in 128 or 1024: two shifts and two lop3
+
+Loads are inline PTX, as in `quantkit.kernels.gemv`. That lane 4 g + t holds element (g, t) is Triton's default for
+a tensor `[KS, 8, 4]`; a test reads it in the compiled code. Without PTX the mma is written out: for tests, not speed.
+"""
+
+# mypy: ignore-errors
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from quantkit.kernels.codebook_lookup import eight_values, fill_table
+from quantkit.kernels.few_rows_asm import (
+    FOUR_ASM,
+    LOAD_8_PAIR,
+    LOAD_16_PAIR,
+    LOAD_F32_PAIR,
+    LOAD_X_IF,
+    TABLE_ASM,
+    THREE_ASM,
+    THREE_ASM_UPPER,
+    THREE_CON,
+    WORD_CON,
+)
+from quantkit.kernels.gemv import AFFINE3, AFFINE4, CODEBOOK, number, two_inputs, words
+
+
+@triton.jit
+def _inputs(p, wanted, ALL: tl.constexpr, ASM: tl.constexpr):
+    """16 words of inputs at the byte addresses `p`; zeros where `wanted` is 0, unless ALL are wanted."""
+    out = ()
+    four: tl.constexpr = (tl.int32, tl.int32, tl.int32, tl.int32)
+    for i in tl.static_range(4):
+        at = p + 16 * i
+        if ALL:
+            out = out + words(at, 4, True, ASM)
+        elif not ASM:
+            pointers = at.to(tl.pointer_type(tl.int32), bitcast=True)
+            for j in tl.static_range(4):
+                out = out + (tl.load(pointers + j, mask=wanted != 0, other=0),)
+        else:
+            out = out + tl.inline_asm_elementwise(
+                LOAD_X_IF, "=r,=r,=r,=r,l,r", [at, wanted], four, is_pure=True, pack=1
+            )
+    return out
+
+
+@triton.jit
+def _numbers(p, PAIR: tl.constexpr, ASM: tl.constexpr):
+    """The scales or zero points of both columns of a thread as float32: two neighbours at `p`, or one for both."""
+    kind: tl.constexpr = p.dtype.element_ty
+    if not PAIR:
+        a = number(p, ASM)
+        return (a, a)
+    elif not ASM:
+        return (tl.load(p).to(tl.float32), tl.load(p + 1).to(tl.float32))
+    elif kind == tl.float32:
+        floats: tl.constexpr = (tl.float32, tl.float32)
+        return tl.inline_asm_elementwise(
+            LOAD_F32_PAIR, "=r,=r,l", [p.to(tl.int64)], floats, is_pure=True, pack=1
+        )
+    else:
+        shorts: tl.constexpr = (tl.int16, tl.int16)
+        if kind == tl.uint8:
+            a, b = tl.inline_asm_elementwise(
+                LOAD_8_PAIR, "=h,=h,l", [p.to(tl.int64)], shorts, is_pure=True, pack=1
+            )
+            return (a.to(tl.float32), b.to(tl.float32))
+        else:
+            a, b = tl.inline_asm_elementwise(
+                LOAD_16_PAIR, "=h,=h,l", [p.to(tl.int64)], shorts, is_pure=True, pack=1
+            )
+            return (a.to(kind, bitcast=True).to(tl.float32), b.to(kind, bitcast=True).to(tl.float32))
+
+
+@triton.jit
+def _values(w, j: tl.constexpr, lut_ptr, KIND: tl.constexpr, OFFSET: tl.constexpr):
+    """Float32 values of the j-th 8 codes of the unit `w`, plus OFFSET, in the inputs' order (portable)."""
+    out = ()
+    if KIND == CODEBOOK:
+        out = eight_values(w[j], lut_ptr, False)
+    elif KIND == AFFINE4:
+        for i in tl.static_range(8):
+            out = out + (((w[j] >> (4 * i)) & 15).to(tl.float32) + OFFSET,)
+    else:
+        for i in tl.static_range(8):
+            q = (w[j // 2] >> (2 * (8 * (j % 2) + i))) & 3
+            out = out + ((q | (((w[2] >> (8 * j + i)) & 1) << 2)).to(tl.float32) + OFFSET,)
+    return out
+
+
+@triton.jit
+def _by_columns(a, x, KS: tl.constexpr):
+    """sum over t of a[ks, g, t] * x[ks, column, t], as the parts of columns 2t and 2t + 1 `[KS, 8, 4]`."""
+    both = tl.sum(a[:, :, None, :] * x[:, None, :, :], 3)
+    return tl.split(both.reshape(KS, 8, 4, 2))
+
+
+@triton.jit
+def _products(
+    upper,
+    lower,
+    x,
+    lut_ptr,
+    sums,
+    SUMS: tl.constexpr,
+    KS: tl.constexpr,
+    KIND: tl.constexpr,
+    OFFSET: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Parts of the rows g (two columns) and g + 8 (two) over a step, from units and 16 words of inputs; sums of x.
+
+    `sums` are returned as they came where SUMS is off: another tile of rows has added them up.
+    """
+    zero = tl.zeros((KS, 8, 4), tl.float32)
+    c = (zero, zero, zero, zero)
+    if ASM:
+        which: tl.constexpr = (0 if tl.bfloat16 == DTYPE else 2) + (0 if SUMS else 1)
+        con: tl.constexpr = THREE_CON[0 if SUMS else 1] if KIND == AFFINE3 else WORD_CON[0 if SUMS else 1]
+        types: tl.constexpr = (tl.float32,) * (6 if SUMS else 4)
+        if KIND == AFFINE3:
+            first: tl.constexpr = THREE_ASM[which]
+            second: tl.constexpr = THREE_ASM_UPPER[which]
+        else:
+            first: tl.constexpr = TABLE_ASM[which] if KIND == CODEBOOK else FOUR_ASM[which]
+            second: tl.constexpr = first
+        for j in tl.static_range(2 if KIND == AFFINE3 else 4):
+            if KIND == AFFINE3:
+                ins = (upper[j], lower[j], upper[2], lower[2], x[8 * j], x[8 * j + 1], x[8 * j + 2], x[8 * j + 3],
+                       x[8 * j + 4], x[8 * j + 5], x[8 * j + 6], x[8 * j + 7]) + c  # fmt: skip
+            else:
+                ins = (upper[j], lower[j], x[4 * j], x[4 * j + 1], x[4 * j + 2], x[4 * j + 3]) + c
+            if SUMS:
+                ins = ins + sums
+            d = tl.inline_asm_elementwise(first if j == 0 else second, con, ins, types, is_pure=True, pack=1)
+            c = (d[0], d[1], d[2], d[3])
+            if SUMS:
+                sums = (d[4], d[5])
+    else:
+        one = zero + 1.0
+        for j in tl.static_range(4):
+            up = _values(upper, j, lut_ptr, KIND, OFFSET)
+            down = _values(lower, j, lut_ptr, KIND, OFFSET)
+            for i in tl.static_range(4):
+                x0, x1 = two_inputs(x[4 * j + i], DTYPE)
+                for e in tl.static_range(2):
+                    xe = x1 if e == 1 else x0
+                    a0, a1 = _by_columns(up[2 * i + e], xe, KS)
+                    b0, b1 = _by_columns(down[2 * i + e], xe, KS)
+                    c = (c[0] + a0, c[1] + a1, c[2] + b0, c[3] + b1)
+                    if SUMS:
+                        s0, s1 = _by_columns(one, xe, KS)
+                        sums = (sums[0] + s0, sums[1] + s1)
+    return c, sums
+
+
+@triton.jit
+def _step(
+    row,
+    scales,
+    zeros,
+    k,
+    K,
+    block,
+    t,
+    row_bytes,
+    high_offset,
+    groups,
+    KIND: tl.constexpr,
+    R: tl.constexpr,
+    H: tl.constexpr,
+    GROUP: tl.constexpr,
+    NC: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Of H blocks of 128 inputs from `k + block` on and the rows g + 8 i, i < 2 R: units, scales and zero points."""
+    ws = ()
+    ss = ()
+    zs = ()
+    for h in tl.static_range(H):
+        first = k + block + 128 * h
+        at = first + t * 32
+        if not EVEN_K:
+            first = tl.where(first < K, first, 0)
+            at = tl.where(at < K, at, 0)
+        for i in tl.static_range(2 * R):
+            far = tl.full((), 8 * i, tl.int64)
+            here = row + far * row_bytes
+            if KIND == AFFINE3:
+                ws = ws + (
+                    words(here + at // 4, 2, False, ASM) + words(here + high_offset + at // 8, 1, False, ASM),
+                )
+            else:
+                ws = ws + (words(here + at // 2, 4, False, ASM),)
+            if h == 0 or (GROUP > 0 and GROUP % (128 * H) != 0):
+                group = first * 0 if GROUP == 0 else first // GROUP + (2 * t) % NC
+                ss = ss + (_numbers(scales + (far * groups + group), NC > 1, ASM),)
+                if KIND != CODEBOOK:
+                    zs = zs + (_numbers(zeros + (far * groups + group), NC > 1, ASM),)
+            else:
+                ss = ss + (ss[i],)
+                if KIND != CODEBOOK:
+                    zs = zs + (zs[i],)
+    return ws, ss, zs
+
+
+@triton.jit(do_not_specialize=["M"])
+def few_rows_kernel(
+    x_ptr,
+    codes_ptr,
+    scale_ptr,
+    zero_ptr,
+    lut_ptr,
+    bias_ptr,
+    out_ptr,
+    M,
+    N,
+    K,
+    row_bytes,
+    high_offset,
+    groups,
+    x_stride,
+    KIND: tl.constexpr,
+    KS: tl.constexpr,
+    R: tl.constexpr,
+    H: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ASM: tl.constexpr,
+    THREADS: tl.constexpr,
+):
+    """Grid: (N / (16 * R),). M * NC is at most 8; 32 divides K; GROUP is 0 (one group per row), 32, 64 or a
+    multiple of 128. Addresses of x and of rows are multiples of 16 (rows of three bits: of 8), of rows of scales of
+    NC of them. EVEN_K: KS * 128 divides K."""
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    NC: tl.constexpr = 128 // GROUP if GROUP == 32 or GROUP == 64 else 1
+    THREE: tl.constexpr = 128.0 if tl.bfloat16 == DTYPE else 1024.0
+    FOUR: tl.constexpr = 128.0 if tl.bfloat16 == DTYPE else 64.0
+    OFFSET: tl.constexpr = 0.0 if KIND == CODEBOOK else (THREE if KIND == AFFINE3 else FOUR)
+    STEP: tl.constexpr = KS * 128 * H
+    ks = tl.arange(0, KS)[:, None, None]
+    g = tl.arange(0, 8)[None, :, None]
+    t = tl.arange(0, 4)[None, None, :]
+    whole = tl.zeros((KS, 8, 4), tl.int32)
+    block = ks * (128 * H) + whole
+    unit = block + t * 32
+    rows = (tl.program_id(0) * (16 * R) + g).to(tl.int64)
+    row = codes_ptr.to(tl.int64) + rows * row_bytes
+    scales = scale_ptr + rows * groups
+    zeros = zero_ptr + rows * groups
+    # Column g: row g // NC of x (beyond M the last one once more) in the part g % NC of the step.
+    m = tl.minimum(g // NC, M - 1)
+    x_row = x_ptr.to(tl.int64) + m.to(tl.int64) * x_stride * 2 + unit * 2
+    mine = ((t // (4 // NC)) == g % NC).to(tl.int32) + whole
+    if KIND == CODEBOOK:
+        fill_table(lut_ptr, THREADS, DTYPE, ASM)
+    zero = tl.zeros((KS, 8, 4), tl.float32)
+
+    ws, ss, zs = _step(
+        row, scales, zeros, 0, K, block, t, row_bytes, high_offset, groups, KIND, R, H, GROUP, NC, EVEN_K, ASM
+    )
+    accs = ()
+    for _ in tl.static_range(4 * R):
+        accs = accs + (zero,)
+    for k in tl.range(0, K, STEP, num_stages=1):
+        # The next step's codes; in the last step its own once more, which are not used.
+        ahead = tl.where(k + STEP < K, k + STEP, k)
+        next_ws, next_ss, next_zs = _step(
+            row, scales, zeros, ahead, K, block, t, row_bytes, high_offset, groups, KIND, R, H, GROUP, NC, EVEN_K,
+            ASM,
+        )  # fmt: skip
+        for h in tl.static_range(H):
+            wanted = mine if EVEN_K else tl.where(k + unit + 128 * h < K, mine, 0)
+            x = _inputs(x_row + 2 * (k + 128 * h), wanted, EVEN_K and NC == 1, ASM)
+            sums = (zero, zero)
+            new_accs = ()
+            for r in tl.static_range(R):
+                c, sums = _products(
+                    ws[2 * (h * R + r)], ws[2 * (h * R + r) + 1], x, lut_ptr, sums,
+                    KIND != CODEBOOK and r == 0, KS, KIND, OFFSET, DTYPE, ASM,
+                )  # fmt: skip
+                for i in tl.static_range(4):
+                    part = c[i]
+                    if KIND != CODEBOOK:
+                        part -= (OFFSET + zs[2 * (h * R + r) + i // 2][i % 2]) * sums[i % 2]
+                    new_accs = new_accs + (accs[4 * r + i] + part * ss[2 * (h * R + r) + i // 2][i % 2],)
+            accs = new_accs
+        ws = next_ws
+        ss = next_ss
+        zs = next_zs
+
+    for i in tl.static_range(2 * R):
+        a = tl.sum(accs[2 * i], 0)
+        b = tl.sum(accs[2 * i + 1], 0)
+        n = tl.program_id(0) * (16 * R) + 8 * i + tl.arange(0, 8)[:, None]
+        if NC == 1:
+            _store(a, n, 2 * tl.arange(0, 4)[None, :], out_ptr, bias_ptr, M, N, HAS_BIAS)
+            _store(b, n, 2 * tl.arange(0, 4)[None, :] + 1, out_ptr, bias_ptr, M, N, HAS_BIAS)
+        elif NC == 2:
+            _store(a + b, n, tl.arange(0, 4)[None, :], out_ptr, bias_ptr, M, N, HAS_BIAS)
+        else:
+            y = tl.sum((a + b).reshape(8, 2, 2), 2)
+            _store(y, n, tl.arange(0, 2)[None, :], out_ptr, bias_ptr, M, N, HAS_BIAS)
+
+
+@triton.jit
+def _store(y, n, m, out_ptr, bias_ptr, M, N, HAS_BIAS: tl.constexpr):
+    """Rows n of W `[8, 1]` by rows m of x `[1, columns]` into out `[M, N]`."""
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + n).to(tl.float32)
+    tl.store(out_ptr + m.to(tl.int64) * N + n, y.to(out_ptr.dtype.element_ty), mask=m < M)

@@ -1,0 +1,160 @@
+"""Launch of the kernels that pass shared memory by: one row of x (`gemv_kernel`), or a few (`few_rows_kernel`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from quantkit.kernels import gemv_launch, launch
+from quantkit.kernels.few_rows import few_rows_kernel
+from quantkit.kernels.gemv import AFFINE3, AFFINE4, CODEBOOK
+
+
+@dataclass(frozen=True)
+class FewRowsConfig:
+    """Tile of `few_rows_kernel`: `steps` warps side by side along K, each `blocks` times 128 inputs at a time; `tiles`
+    times 16 rows of W in a program."""
+
+    steps: int
+    tiles: int
+    blocks: int = 2
+
+
+_WIDEST = 1 << 31
+#: kind -> (largest N, tile), by measurement (docs/benchmarks/kernels-h100.md).
+CONFIGS: dict[int, list[tuple[int, FewRowsConfig]]] = {
+    CODEBOOK.value: [
+        (4096, FewRowsConfig(8, 1, 1)),
+        (8192, FewRowsConfig(4, 1, 2)),
+        (12288, FewRowsConfig(4, 1, 1)),
+        (_WIDEST, FewRowsConfig(4, 2, 1)),
+    ],
+    AFFINE4.value: [
+        (4096, FewRowsConfig(8, 1, 2)),
+        (8192, FewRowsConfig(8, 1, 1)),
+        (12288, FewRowsConfig(4, 1, 2)),
+        (16384, FewRowsConfig(4, 1, 1)),
+        (_WIDEST, FewRowsConfig(2, 2, 2)),
+    ],
+    AFFINE3.value: [(4096, FewRowsConfig(8, 1, 2)), (_WIDEST, FewRowsConfig(4, 2, 2))],
+}
+#: Columns of an mma: rows of x times the groups of a step of 128 inputs.
+COLUMNS = 8
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+def config(kind: int, n: int) -> FewRowsConfig:
+    """Tile for a weight of n rows."""
+    return next(tile for most, tile in CONFIGS[kind] if n <= most)
+
+
+@cache
+def _tile(kind: int, m: int, n: int, k: int, group: int) -> FewRowsConfig | None:
+    """The tile for `x [m, k]` and a weight `[n, k]`; None where rows are left over, groups and steps do not fit."""
+    columns = 128 // group if group in (32, 64) else 1
+    if k % (64 if kind == AFFINE3.value else 32) or m * columns > COLUMNS:
+        return None
+    if group and (k % group or (columns == 1 and group % 128) or (k // group) % columns):
+        return None
+    if kind == AFFINE4.value and columns == 1:
+        return None  # `affine_gemm` is as fast, with more rows faster
+    tile = config(kind, n)
+    return None if n % (16 * tile.tiles) else tile
+
+
+def tile_for(x: Tensor, codes: Tensor, kind: int | None, n: int, group: int) -> FewRowsConfig | None:
+    """The tile with which the kernel multiplies `x [M, K]`, or None: it does not cover this product.
+
+    It covers two to eight rows (at most four in groups of 64, two in groups of 32) of float16 or bfloat16 at aligned
+    addresses, on NVIDIA; weights as `_tile` says. `group` is 0 for one group per row.
+    """
+    if not 1 < x.shape[0] <= COLUMNS or kind is None or x.dtype not in _HALVES or not launch.has_ptx():
+        return None
+    aligned = (x.data_ptr() | codes.data_ptr()) % 16 == 0 and (x.shape[0] == 1 or x.stride(0) % 8 == 0)
+    if codes.dim() == 2:  # rows of their own; a codebook's follow one another
+        aligned = aligned and codes.stride(0) % (8 if kind == AFFINE3.value else 16) == 0
+    return _tile(kind, x.shape[0], n, x.shape[1], group) if aligned and x.stride(1) == 1 else None
+
+
+def launch_few_rows(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    lut: Tensor | None,
+    bias: Tensor | None,
+    kind: int,
+    n: int,
+    group: int,
+    tile: FewRowsConfig,
+    asm: bool = True,
+) -> Tensor:
+    """`x [M, K]` times the weight `[n, K]` plus `bias [n]`: `[M, n]` in the dtype of x.
+
+    `codes`, `scale`, `zero` and `lut` as in `quantkit.encoding`; `group` is 0 for one group per row. `asm=False`
+    runs on portable loads and products.
+    """
+    m, k = x.shape
+    out = x.new_empty((m, n))
+    row_bytes = codes.stride(0) if codes.dim() == 2 else k // 2
+    launch.launch(
+        few_rows_kernel,
+        (n // (16 * tile.tiles),),
+        x,
+        codes,
+        scale,
+        zero if zero is not None else scale,
+        lut if lut is not None else scale,
+        bias if bias is not None else x,
+        out,
+        m,
+        n,
+        k,
+        row_bytes,
+        k // 4,  # where three bits' plane of top bits begins
+        k // group if group else 1,
+        x.stride(0),
+        KIND=kind,
+        KS=tile.steps,
+        R=tile.tiles,
+        H=tile.blocks,
+        GROUP=group,
+        EVEN_K=k % (tile.steps * tile.blocks * 128) == 0,
+        HAS_BIAS=bias is not None,
+        ASM=asm,
+        THREADS=32 * tile.steps,
+        num_warps=tile.steps,
+        num_stages=1,
+    )
+    return out
+
+
+def multiply(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    lut: Tensor | None,
+    bias: Tensor | None,
+    perm: Tensor | None,
+    kind: int | None,
+    n: int,
+    group: int,
+) -> Tensor | None:
+    """`x [M, K]`, its columns in the order `perm`, times W: `[M, n]`; None where neither kernel covers the product."""
+    if x.shape[0] == 1:
+        one = gemv_launch.tile_for(x, codes, kind, n, group)
+        few = None
+    else:
+        one, few = None, tile_for(x, codes, kind, n, group)
+    if (one is None and few is None) or kind is None:
+        return None
+    if perm is not None:
+        x = x.index_select(1, perm)
+    if one is not None:
+        return gemv_launch.launch_gemv(x, codes, scale, zero, lut, bias, kind, n, group, one)
+    assert few is not None
+    return launch_few_rows(x, codes, scale, zero, lut, bias, kind, n, group, few)

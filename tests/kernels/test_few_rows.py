@@ -1,0 +1,86 @@
+"""Two to eight rows of x (`few_rows_kernel`): who is covered, and compiled code. Numbers: test_codebook_float8."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from kernel_support import compiled, longest_loop
+
+pytest.importorskip("triton")
+
+from quantkit.kernels import few_rows_launch, launch
+from quantkit.kernels.gemv import AFFINE3, AFFINE4, CODEBOOK
+
+KINDS = {"codebook": CODEBOOK.value, "affine4": AFFINE4.value, "affine3": AFFINE3.value}
+
+
+@pytest.fixture
+def ptx(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "target", lambda: ("cuda", 90))
+
+
+def covers(kind: str, m: int, n: int, k: int, group: int, **more: Any) -> bool:
+    x = torch.empty(m, k + more.get("beside", 0), dtype=more.get("dtype", torch.bfloat16), device="meta")
+    codes = torch.empty(n, k // 2, dtype=torch.uint8, device="meta")
+    return few_rows_launch.tile_for(x[:, :k], codes, KINDS[kind], n, group) is not None
+
+
+@pytest.mark.usefixtures("ptx")
+def test_what_is_covered() -> None:
+    for m in (2, 3, 4):
+        assert covers("codebook", m, 4096, 11008, 64)
+        assert covers("affine4", m, 14336, 4096, 64)
+    assert covers("affine3", 8, 4096, 14336, 128) and covers("affine3", 8, 4096, 4096, 0)
+    assert covers("affine4", 2, 4096, 4096, 32)
+    assert not covers("affine4", 3, 4096, 4096, 32), "four groups in a block leave columns for two rows"
+    assert not covers("codebook", 5, 4096, 4096, 64)
+    assert not covers("affine3", 9, 4096, 4096, 128)
+    assert not covers("codebook", 1, 4096, 4096, 64), "gemv_kernel's"
+    assert not covers("affine4", 4, 4096, 4096, 128), "as fast through affine_gemm"
+    assert not covers("codebook", 2, 4104, 4096, 64), "rows left over"
+    assert not covers("affine3", 2, 4096, 4224, 96), "blocks of 128 would cross groups"
+    assert not covers("codebook", 2, 4096, 4160, 64), (
+        "the last block has one group of two: scales beyond the row"
+    )
+    assert not covers("codebook", 2, 4096, 4096, 64, dtype=torch.float32)
+    assert not covers("codebook", 2, 4096, 4096, 64, beside=4), (
+        "rows of x at addresses that 16 does not divide"
+    )
+    assert covers("codebook", 2, 4096, 4096, 64, beside=8)
+
+
+def test_only_with_ptx(monkeypatch: pytest.MonkeyPatch) -> None:
+    for target in (("hip", 0), ("cuda", 75), ("interpreter", 0)):
+        monkeypatch.setattr(launch, "target", lambda target=target: target)
+        assert not covers("codebook", 2, 4096, 4096, 64)
+
+
+@pytest.mark.parametrize("chip", [80, 90, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_compiled_loop(kind: str, chip: int) -> None:
+    """No barrier inside the loop, one product for each 8 codes of a thread, and lanes where the products want them."""
+    from triton.backends.compiler import GPUTarget
+
+    from quantkit.kernels.few_rows import few_rows_kernel
+
+    tile = few_rows_launch.config(KINDS[kind], 8192)
+    constants = {
+        "KIND": KINDS[kind], "KS": tile.steps, "R": tile.tiles, "H": tile.blocks, "GROUP": 64, "EVEN_K": True,
+        "HAS_BIAS": False, "ASM": True, "THREADS": 32 * tile.steps,
+    }  # fmt: skip
+    types = dict.fromkeys(("x_ptr", "bias_ptr", "out_ptr"), "*bf16")
+    types |= {"codes_ptr": "*u8", "scale_ptr": "*fp32", "zero_ptr": "*u8", "lut_ptr": "*fp32"}
+    binary = compiled(
+        few_rows_kernel, types, constants, GPUTarget("cuda", chip, 32), num_warps=tile.steps, num_stages=1
+    )
+    body = longest_loop(binary.asm["ptx"])
+    sums = 0 if kind == "codebook" else 8 * tile.blocks
+    assert body.count("mma.sync.aligned.m16n8k16") == 8 * tile.blocks * tile.tiles + sums
+    assert "bar.sync" not in body and "barrier" not in body
+    lanes = f"threadsPerWarp = [1, 8, 4], warpsPerCTA = [{tile.steps}, 1, 1], order = [2, 1, 0]"
+    layouts = [line for line in binary.asm["ttgir"].splitlines() if line.startswith("#blocked = ")]
+    assert len(layouts) == 1 and "sizePerThread = [1, 1, 1]" in layouts[0] and lanes in layouts[0]
+    products = [line for line in binary.asm["ttgir"].splitlines() if "mma.sync" in line]
+    assert products and all("#blocked>" in line for line in products)
