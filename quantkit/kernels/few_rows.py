@@ -5,16 +5,16 @@ barrier for every step of K; at few rows, waiting for those and not the memory s
 nothing changes hands until the end. A warp multiplies 16 rows of W by 8 columns with `mma.m16n8k16`, whose operands
 are made where the loads leave them: a product may take its K in any order, as long as W and x take the same.
 
-    thread (g, t) of a warp, g < 8, t < 4, in a block of 128 inputs:
-        W      rows g and g + 8, the *unit* of 32 neighbouring codes t: one 16-byte load each (three bits: 8 + 4)
-        x      column g: the 32 inputs of unit t
-        mma    8 times; each takes 4 codes of both rows and the 4 inputs that belong to them
+    thread (g, t) of a warp, g < 8, t < 4, in a block of 4 U inputs (U = 32; three bits: or 64):
+        W      rows g and g + 8, the *unit* of U neighbouring codes t: one 16-byte load each (three bits: two loads)
+        x      column g: the inputs of unit t
+        mma    U / 4 times; each takes 4 codes of both rows and the 4 inputs that belong to them
         part   rows g and g + 8, columns 2t and 2t + 1, float32
 
-A column is a row of x, or, where groups are shorter than the step, a row of x in one of the step's groups, zeros
-elsewhere: NC = 128 / GROUP columns a row of x, so that each part has one scale.
+A column is a row of x, or, where groups are shorter than the block, a row of x in one of its groups, zeros
+elsewhere: NC = 4 U / GROUP columns a row of x, so that each part has one scale.
 
-    one step of the program, K advances by KS * 128, KS warps side by side:
+    one step of the program, K advances by KS * H blocks, KS warps side by side:
         next  = codes, scales and zero points of the next step, asked for before this one's are used
         acc  += part * scale                                                    codebook
         acc  += (part - (OFFSET + zero) * sum of the column's x) * scale        affine
@@ -129,6 +129,7 @@ def _products(
     lower,
     x,
     lut_ptr,
+    c,
     sums,
     SUMS: tl.constexpr,
     KS: tl.constexpr,
@@ -137,12 +138,9 @@ def _products(
     DTYPE: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Parts of the rows g (two columns) and g + 8 (two) over a step, from units and 16 words of inputs; sums of x.
-
-    `sums` are returned as they came where SUMS is off: another tile of rows has added them up.
+    """`c`, parts of the rows g (two columns) and g + 8 (two), plus the products of 32 codes of both with 16 words of
+    inputs; `sums` of x likewise, as they came where SUMS is off: another tile of rows has added them up.
     """
-    zero = tl.zeros((KS, 8, 4), tl.float32)
-    c = (zero, zero, zero, zero)
     if ASM:
         which: tl.constexpr = (0 if tl.bfloat16 == DTYPE else 2) + (0 if SUMS else 1)
         con: tl.constexpr = THREE_CON[0 if SUMS else 1] if KIND == AFFINE3 else WORD_CON[0 if SUMS else 1]
@@ -166,7 +164,7 @@ def _products(
             if SUMS:
                 sums = (d[4], d[5])
     else:
-        one = zero + 1.0
+        one = tl.full((KS, 8, 4), 1.0, tl.float32)
         for j in tl.static_range(4):
             up = _values(upper, j, lut_ptr, KIND, OFFSET)
             down = _values(lower, j, lut_ptr, KIND, OFFSET)
@@ -184,6 +182,15 @@ def _products(
 
 
 @triton.jit
+def _codes(w, j: tl.constexpr, KIND: tl.constexpr, U: tl.constexpr):
+    """The words of the j-th 32 codes of a unit: four; three bits: two of low bits and one of top bits."""
+    if KIND == AFFINE3:
+        return (w[2 * j], w[2 * j + 1], w[U // 16 + j])
+    else:
+        return w
+
+
+@triton.jit
 def _step(
     row,
     scales,
@@ -198,18 +205,19 @@ def _step(
     KIND: tl.constexpr,
     R: tl.constexpr,
     H: tl.constexpr,
+    U: tl.constexpr,
     GROUP: tl.constexpr,
     NC: tl.constexpr,
     EVEN_K: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Of H blocks of 128 inputs from `k + block` on and the rows g + 8 i, i < 2 R: units, scales and zero points."""
+    """Of H blocks of 4 U inputs from `k + block` on and the rows g + 8 i, i < 2 R: units, scales and zero points."""
     ws = ()
     ss = ()
     zs = ()
     for h in tl.static_range(H):
-        first = k + block + 128 * h
-        at = first + t * 32
+        first = k + block + 4 * U * h
+        at = first + t * U
         if not EVEN_K:
             first = tl.where(first < K, first, 0)
             at = tl.where(at < K, at, 0)
@@ -218,11 +226,12 @@ def _step(
             here = row + far * row_bytes
             if KIND == AFFINE3:
                 ws = ws + (
-                    words(here + at // 4, 2, False, ASM) + words(here + high_offset + at // 8, 1, False, ASM),
+                    words(here + at // 4, U // 16, False, ASM)
+                    + words(here + high_offset + at // 8, U // 32, False, ASM),
                 )
             else:
                 ws = ws + (words(here + at // 2, 4, False, ASM),)
-            if h == 0 or (GROUP > 0 and GROUP % (128 * H) != 0):
+            if h == 0 or (GROUP > 0 and GROUP % (4 * U * H) != 0):
                 group = first * 0 if GROUP == 0 else first // GROUP + (2 * t) % NC
                 ss = ss + (_numbers(scales + (far * groups + group), NC > 1, ASM),)
                 if KIND != CODEBOOK:
@@ -254,27 +263,28 @@ def few_rows_kernel(
     KS: tl.constexpr,
     R: tl.constexpr,
     H: tl.constexpr,
+    U: tl.constexpr,
     GROUP: tl.constexpr,
     EVEN_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ASM: tl.constexpr,
     THREADS: tl.constexpr,
 ):
-    """Grid: (N / (16 * R),). M * NC is at most 8; 32 divides K; GROUP is 0 (one group per row), 32, 64 or a
-    multiple of 128. Addresses of x and of rows are multiples of 16 (rows of three bits: of 8), of rows of scales of
-    NC of them. EVEN_K: KS * 128 divides K."""
+    """Grid: (N / (16 * R),). M * NC is at most 8, NC at most 4; U divides K; GROUP is 0 (one group per row), a
+    multiple of 4 U or its half or quarter. Addresses of x and of rows are multiples of 16, of rows of scales of NC
+    of them. EVEN_K: KS * 4 U * H divides K."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    NC: tl.constexpr = 128 // GROUP if GROUP == 32 or GROUP == 64 else 1
+    NC: tl.constexpr = 4 * U // GROUP if GROUP > 0 and GROUP < 4 * U else 1
     THREE: tl.constexpr = 128.0 if tl.bfloat16 == DTYPE else 1024.0
     FOUR: tl.constexpr = 128.0 if tl.bfloat16 == DTYPE else 64.0
     OFFSET: tl.constexpr = 0.0 if KIND == CODEBOOK else (THREE if KIND == AFFINE3 else FOUR)
-    STEP: tl.constexpr = KS * 128 * H
+    STEP: tl.constexpr = KS * 4 * U * H
     ks = tl.arange(0, KS)[:, None, None]
     g = tl.arange(0, 8)[None, :, None]
     t = tl.arange(0, 4)[None, None, :]
     whole = tl.zeros((KS, 8, 4), tl.int32)
-    block = ks * (128 * H) + whole
-    unit = block + t * 32
+    block = ks * (4 * U * H) + whole
+    unit = block + t * U
     rows = (tl.program_id(0) * (16 * R) + g).to(tl.int64)
     row = codes_ptr.to(tl.int64) + rows * row_bytes
     scales = scale_ptr + rows * groups
@@ -288,7 +298,24 @@ def few_rows_kernel(
     zero = tl.zeros((KS, 8, 4), tl.float32)
 
     ws, ss, zs = _step(
-        row, scales, zeros, 0, K, block, t, row_bytes, high_offset, groups, KIND, R, H, GROUP, NC, EVEN_K, ASM
+        row,
+        scales,
+        zeros,
+        0,
+        K,
+        block,
+        t,
+        row_bytes,
+        high_offset,
+        groups,
+        KIND,
+        R,
+        H,
+        U,
+        GROUP,
+        NC,
+        EVEN_K,
+        ASM,
     )
     accs = ()
     for _ in tl.static_range(4 * R):
@@ -297,21 +324,29 @@ def few_rows_kernel(
         # The next step's codes; in the last step its own once more, which are not used.
         ahead = tl.where(k + STEP < K, k + STEP, k)
         next_ws, next_ss, next_zs = _step(
-            row, scales, zeros, ahead, K, block, t, row_bytes, high_offset, groups, KIND, R, H, GROUP, NC, EVEN_K,
+            row, scales, zeros, ahead, K, block, t, row_bytes, high_offset, groups, KIND, R, H, U, GROUP, NC, EVEN_K,
             ASM,
         )  # fmt: skip
         for h in tl.static_range(H):
-            wanted = mine if EVEN_K else tl.where(k + unit + 128 * h < K, mine, 0)
-            x = _inputs(x_row + 2 * (k + 128 * h), wanted, EVEN_K and NC == 1, ASM)
+            wanted = mine if EVEN_K else tl.where(k + unit + 4 * U * h < K, mine, 0)
             sums = (zero, zero)
+            parts = ()
+            for _ in tl.static_range(R):
+                parts = parts + ((zero, zero, zero, zero),)
+            for j in tl.static_range(U // 32):
+                x = _inputs(x_row + 2 * (k + 4 * U * h + 32 * j), wanted, EVEN_K and NC == 1, ASM)
+                new_parts = ()
+                for r in tl.static_range(R):
+                    c, sums = _products(
+                        _codes(ws[2 * (h * R + r)], j, KIND, U), _codes(ws[2 * (h * R + r) + 1], j, KIND, U), x,
+                        lut_ptr, parts[r], sums, KIND != CODEBOOK and r == 0, KS, KIND, OFFSET, DTYPE, ASM,
+                    )  # fmt: skip
+                    new_parts = new_parts + (c,)
+                parts = new_parts
             new_accs = ()
             for r in tl.static_range(R):
-                c, sums = _products(
-                    ws[2 * (h * R + r)], ws[2 * (h * R + r) + 1], x, lut_ptr, sums,
-                    KIND != CODEBOOK and r == 0, KS, KIND, OFFSET, DTYPE, ASM,
-                )  # fmt: skip
                 for i in tl.static_range(4):
-                    part = c[i]
+                    part = parts[r][i]
                     if KIND != CODEBOOK:
                         part -= (OFFSET + zs[2 * (h * R + r) + i // 2][i % 2]) * sums[i % 2]
                     new_accs = new_accs + (accs[4 * r + i] + part * ss[2 * (h * R + r) + i // 2][i % 2],)

@@ -15,67 +15,74 @@ from quantkit.kernels.gemv import AFFINE3, AFFINE4, CODEBOOK
 
 @dataclass(frozen=True)
 class FewRowsConfig:
-    """Tile of `few_rows_kernel`: `steps` warps side by side along K, each `blocks` times 128 inputs at a time; `tiles`
-    times 16 rows of W in a program."""
+    """Tile of `few_rows_kernel`: `steps` warps side by side along K, each with `blocks` blocks of four units of
+    `unit` inputs at a time; `tiles` times 16 rows of W in a program. 64 inputs in a unit are for three bits."""
 
     steps: int
     tiles: int
-    blocks: int = 2
+    blocks: int
+    unit: int = 32
 
 
 _WIDEST = 1 << 31
 #: kind -> (largest N, tile), by measurement (docs/benchmarks/kernels-h100.md).
-CONFIGS: dict[int, list[tuple[int, FewRowsConfig]]] = {
+CONFIGS: dict[int, list[tuple[int, list[FewRowsConfig]]]] = {
     CODEBOOK.value: [
-        (4096, FewRowsConfig(8, 1, 1)),
-        (8192, FewRowsConfig(4, 1, 2)),
-        (12288, FewRowsConfig(4, 1, 1)),
-        (_WIDEST, FewRowsConfig(4, 2, 1)),
+        (4096, [FewRowsConfig(8, 1, 1)]),
+        (8192, [FewRowsConfig(4, 1, 2)]),
+        (12288, [FewRowsConfig(4, 1, 1)]),
+        (_WIDEST, [FewRowsConfig(4, 2, 1)]),
     ],
     AFFINE4.value: [
-        (4096, FewRowsConfig(8, 1, 2)),
-        (8192, FewRowsConfig(8, 1, 1)),
-        (12288, FewRowsConfig(4, 1, 2)),
-        (16384, FewRowsConfig(4, 1, 1)),
-        (_WIDEST, FewRowsConfig(2, 2, 2)),
+        (4096, [FewRowsConfig(8, 1, 2)]),
+        (8192, [FewRowsConfig(8, 1, 1)]),
+        (12288, [FewRowsConfig(4, 1, 2)]),
+        (16384, [FewRowsConfig(4, 1, 1)]),
+        (_WIDEST, [FewRowsConfig(2, 2, 2)]),
     ],
-    AFFINE3.value: [(4096, FewRowsConfig(8, 1, 2)), (_WIDEST, FewRowsConfig(4, 2, 2))],
+    AFFINE3.value: [
+        (4096, [FewRowsConfig(8, 1, 1, 64), FewRowsConfig(8, 1, 2)]),
+        (_WIDEST, [FewRowsConfig(4, 2, 1, 64), FewRowsConfig(4, 2, 2)]),
+    ],
 }
 #: Columns of an mma: rows of x times the groups of a step of 128 inputs.
 COLUMNS = 8
 _HALVES = (torch.float16, torch.bfloat16)
 
 
-def config(kind: int, n: int) -> FewRowsConfig:
-    """Tile for a weight of n rows."""
-    return next(tile for most, tile in CONFIGS[kind] if n <= most)
+def tiles(kind: int, n: int) -> list[FewRowsConfig]:
+    """Tiles for a weight of n rows, the fastest first."""
+    return next(found for most, found in CONFIGS[kind] if n <= most)
 
 
 @cache
 def _tile(kind: int, m: int, n: int, k: int, group: int) -> FewRowsConfig | None:
-    """The tile for `x [m, k]` and a weight `[n, k]`; None where rows are left over, groups and steps do not fit."""
-    columns = 128 // group if group in (32, 64) else 1
-    if k % (64 if kind == AFFINE3.value else 32) or m * columns > COLUMNS:
-        return None
-    if group and (k % group or (columns == 1 and group % 128) or (k // group) % columns):
-        return None
-    if kind == AFFINE4.value and columns == 1:
-        return None  # `affine_gemm` is as fast, with more rows faster
-    tile = config(kind, n)
-    return None if n % (16 * tile.tiles) else tile
+    """The tile for `x [m, k]` and a weight `[n, k]`; None where rows are left over, groups and blocks do not fit."""
+    for tile in tiles(kind, n):
+        block = 4 * tile.unit
+        columns = block // group if 0 < group < block else 1
+        fits = columns * group == block or group % block == 0  # 0: one group per row
+        whole = fits and columns <= 4 and m * columns <= COLUMNS and k % tile.unit == 0
+        if group:  # groups of a row come in whole blocks
+            whole = whole and k % group == 0 and k // group % columns == 0
+        if kind == AFFINE4.value and columns == 1:
+            whole = False  # `affine_gemm` is as fast, with more rows faster
+        if whole and n % (16 * tile.tiles) == 0:
+            return tile
+    return None
 
 
 def tile_for(x: Tensor, codes: Tensor, kind: int | None, n: int, group: int) -> FewRowsConfig | None:
     """The tile with which the kernel multiplies `x [M, K]`, or None: it does not cover this product.
 
-    It covers two to eight rows (at most four in groups of 64, two in groups of 32) of float16 or bfloat16 at aligned
-    addresses, on NVIDIA; weights as `_tile` says. `group` is 0 for one group per row.
+    It covers two to eight rows (at most four in groups of half a block, two of a quarter) of float16 or bfloat16 at
+    aligned addresses, on NVIDIA; weights as `_tile` says. `group` is 0 for one group per row.
     """
     if not 1 < x.shape[0] <= COLUMNS or kind is None or x.dtype not in _HALVES or not launch.has_ptx():
         return None
     aligned = (x.data_ptr() | codes.data_ptr()) % 16 == 0 and (x.shape[0] == 1 or x.stride(0) % 8 == 0)
     if codes.dim() == 2:  # rows of their own; a codebook's follow one another
-        aligned = aligned and codes.stride(0) % (8 if kind == AFFINE3.value else 16) == 0
+        aligned = aligned and codes.stride(0) % 16 == 0
     return _tile(kind, x.shape[0], n, x.shape[1], group) if aligned and x.stride(1) == 1 else None
 
 
@@ -121,8 +128,9 @@ def launch_few_rows(
         KS=tile.steps,
         R=tile.tiles,
         H=tile.blocks,
+        U=tile.unit,
         GROUP=group,
-        EVEN_K=k % (tile.steps * tile.blocks * 128) == 0,
+        EVEN_K=k % (tile.steps * tile.blocks * 4 * tile.unit) == 0,
         HAS_BIAS=bias is not None,
         ASM=asm,
         THREADS=32 * tile.steps,

@@ -160,15 +160,18 @@ def few_rows_cases() -> Iterator[tuple[str, float]]:
         ("affine-4g1408", (5,)),
         ("hqq-4g64", (1, 3)),
         ("affine-3g64", (2,)),
+        ("affine-3g128", (1, 4)),
         ("affine-3g1408", (1, 8)),
         ("hqq-3g64", (4,)),
     ):
         for (n, k), tile in (
-            ((16, 512), few_rows_launch.FewRowsConfig(4, 1)),
+            ((16, 512), few_rows_launch.FewRowsConfig(4, 1, 1)),
             ((32, 1408), few_rows_launch.FewRowsConfig(2, 2, 1)),
-            ((16, 1408), few_rows_launch.FewRowsConfig(4, 1)),
+            ((16, 1408), few_rows_launch.FewRowsConfig(4, 1, 2)),
+            ((16, 1408), few_rows_launch.FewRowsConfig(2, 1, 1, 64)),
+            ((32, 512), few_rows_launch.FewRowsConfig(2, 2, 1, 64)),
         ):
-            if form.endswith("1408") and k != 1408:
+            if (form.endswith("1408") and k != 1408) or (tile.unit == 64 and "-3" not in form):
                 continue
             packed = random_weight(form, n, k, device)
             enc = packed.encoding
@@ -176,6 +179,8 @@ def few_rows_cases() -> Iterator[tuple[str, float]]:
             kind = 0 if isinstance(enc, Codebook) else gemv_launch.kind_of(enc.bits)  # type: ignore[union-attr]
             exact = dequantize(packed, torch.float64)
             for m in counts:
+                if m * 4 * tile.unit > 8 * (group or 4 * tile.unit):
+                    continue
                 for dtype, slack in ((torch.float16, 1.0), (torch.bfloat16, 2.0**-7 / BOUND[torch.float16])):
                     x, bias = torch.randn(m, k + 8).to(dtype)[:, :k], torch.randn(n).to(dtype)
                     packed_tensors = (packed.codes, packed.scale, packed.zero, packed.lut)

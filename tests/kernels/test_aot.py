@@ -136,7 +136,7 @@ def test_unknown_targets_are_refused() -> None:
 
 def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "built"
-    build = ["kernels", "build", "-t", "sm_80", "-o", str(out), "-e", "affine-4g64", "--dtype", "float16"]
+    build = ["kernels", "build", "-t", "sm_80", "-o", str(out), "-e", "affine-4g128", "--dtype", "float16"]
     build += ["--shape", "256x512", "--rows", "2", "--no-backward"]
     assert run(build) == 0
     assert "1 binaries for sm_80" in capsys.readouterr().out

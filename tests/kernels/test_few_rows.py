@@ -40,7 +40,16 @@ def test_what_is_covered() -> None:
     assert not covers("codebook", 1, 4096, 4096, 64), "gemv_kernel's"
     assert not covers("affine4", 4, 4096, 4096, 128), "as fast through affine_gemm"
     assert not covers("codebook", 2, 4104, 4096, 64), "rows left over"
-    assert not covers("affine3", 2, 4096, 4224, 96), "blocks of 128 would cross groups"
+    assert not covers("affine3", 2, 4096, 4224, 96), "blocks would cross groups"
+    for m, unit in ((2, 64), (4, 64), (5, 32), (8, 32)):
+        tile = few_rows_launch.tile_for(
+            torch.empty(m, 4096, dtype=torch.float16, device="meta"),
+            torch.empty(8192, 1536, dtype=torch.uint8, device="meta"),
+            KINDS["affine3"],
+            8192,
+            128,
+        )
+        assert tile is not None and tile.unit == unit, "wide units make two columns a row"
     assert not covers("codebook", 2, 4096, 4160, 64), (
         "the last block has one group of two: scales beyond the row"
     )
@@ -58,17 +67,18 @@ def test_only_with_ptx(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("chip", [80, 90, pytest.param(100, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", [*KINDS, "affine3 of all rows"])
 def test_compiled_loop(kind: str, chip: int) -> None:
     """No barrier inside the loop, one product for each 8 codes of a thread, and lanes where the products want them."""
     from triton.backends.compiler import GPUTarget
 
     from quantkit.kernels.few_rows import few_rows_kernel
 
-    tile = few_rows_launch.config(KINDS[kind], 8192)
+    kind, _, all_rows = kind.partition(" of ")
+    tile = few_rows_launch.tiles(KINDS[kind], 8192)[-1 if all_rows else 0]
     constants = {
-        "KIND": KINDS[kind], "KS": tile.steps, "R": tile.tiles, "H": tile.blocks, "GROUP": 64, "EVEN_K": True,
-        "HAS_BIAS": False, "ASM": True, "THREADS": 32 * tile.steps,
+        "KIND": KINDS[kind], "KS": tile.steps, "R": tile.tiles, "H": tile.blocks, "U": tile.unit,
+        "GROUP": 64, "EVEN_K": True, "HAS_BIAS": False, "ASM": True, "THREADS": 32 * tile.steps,
     }  # fmt: skip
     types = dict.fromkeys(("x_ptr", "bias_ptr", "out_ptr"), "*bf16")
     types |= {"codes_ptr": "*u8", "scale_ptr": "*fp32", "zero_ptr": "*u8", "lut_ptr": "*fp32"}
@@ -76,8 +86,9 @@ def test_compiled_loop(kind: str, chip: int) -> None:
         few_rows_kernel, types, constants, GPUTarget("cuda", chip, 32), num_warps=tile.steps, num_stages=1
     )
     body = longest_loop(binary.asm["ptx"])
-    sums = 0 if kind == "codebook" else 8 * tile.blocks
-    assert body.count("mma.sync.aligned.m16n8k16") == 8 * tile.blocks * tile.tiles + sums
+    each = tile.unit // 4 * tile.blocks
+    sums = 0 if kind == "codebook" else each
+    assert body.count("mma.sync.aligned.m16n8k16") == each * tile.tiles + sums
     assert "bar.sync" not in body and "barrier" not in body
     lanes = f"threadsPerWarp = [1, 8, 4], warpsPerCTA = [{tile.steps}, 1, 1], order = [2, 1, 0]"
     layouts = [line for line in binary.asm["ttgir"].splitlines() if line.startswith("#blocked = ")]
