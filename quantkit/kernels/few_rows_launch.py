@@ -41,10 +41,15 @@ CONFIGS: dict[int, list[tuple[int, list[FewRowsConfig]]]] = {
         (_WIDEST, [FewRowsConfig(2, 2, 2)]),
     ],
     AFFINE3.value: [
-        (4096, [FewRowsConfig(8, 1, 1, 64), FewRowsConfig(8, 1, 2)]),
+        (4096, [FewRowsConfig(8, 2, 1, 64), FewRowsConfig(8, 1, 2)]),
+        (6144, [FewRowsConfig(8, 1, 1, 64), FewRowsConfig(4, 2, 2)]),
+        (8192, [FewRowsConfig(8, 2, 1, 64), FewRowsConfig(4, 2, 2)]),
+        (12288, [FewRowsConfig(4, 1, 1, 64), FewRowsConfig(4, 2, 2)]),
         (_WIDEST, [FewRowsConfig(4, 2, 1, 64), FewRowsConfig(4, 2, 2)]),
     ],
 }
+#: From this K on, one row of three bits is faster here than through `gemv_kernel`.
+ONE_ROW_INPUTS = 8192
 #: Columns of an mma: rows of x times the groups of a step of 128 inputs.
 COLUMNS = 8
 _HALVES = (torch.float16, torch.bfloat16)
@@ -75,10 +80,12 @@ def _tile(kind: int, m: int, n: int, k: int, group: int) -> FewRowsConfig | None
 def tile_for(x: Tensor, codes: Tensor, kind: int | None, n: int, group: int) -> FewRowsConfig | None:
     """The tile with which the kernel multiplies `x [M, K]`, or None: it does not cover this product.
 
-    It covers two to eight rows (at most four in groups of half a block, two of a quarter) of float16 or bfloat16 at
+    It covers two to eight rows, or one of a wide weight of three bits (at most four in groups of half a block, two of a quarter) of float16 or bfloat16 at
     aligned addresses, on NVIDIA; weights as `_tile` says. `group` is 0 for one group per row.
     """
-    if not 1 < x.shape[0] <= COLUMNS or kind is None or x.dtype not in _HALVES or not launch.has_ptx():
+    if kind is None or x.shape[0] > COLUMNS or x.dtype not in _HALVES or not launch.has_ptx():
+        return None
+    if x.shape[0] == 1 and (kind != AFFINE3.value or x.shape[1] < ONE_ROW_INPUTS):
         return None
     aligned = (x.data_ptr() | codes.data_ptr()) % 16 == 0 and (x.shape[0] == 1 or x.stride(0) % 8 == 0)
     if codes.dim() == 2:  # rows of their own; a codebook's follow one another
@@ -153,16 +160,13 @@ def multiply(
     group: int,
 ) -> Tensor | None:
     """`x [M, K]`, its columns in the order `perm`, times W: `[M, n]`; None where neither kernel covers the product."""
-    if x.shape[0] == 1:
-        one = gemv_launch.tile_for(x, codes, kind, n, group)
-        few = None
-    else:
-        one, few = None, tile_for(x, codes, kind, n, group)
+    few = tile_for(x, codes, kind, n, group)
+    one = gemv_launch.tile_for(x, codes, kind, n, group) if few is None else None
     if (one is None and few is None) or kind is None:
         return None
     if perm is not None:
         x = x.index_select(1, perm)
-    if one is not None:
-        return gemv_launch.launch_gemv(x, codes, scale, zero, lut, bias, kind, n, group, one)
-    assert few is not None
-    return launch_few_rows(x, codes, scale, zero, lut, bias, kind, n, group, few)
+    if few is not None:
+        return launch_few_rows(x, codes, scale, zero, lut, bias, kind, n, group, few)
+    assert one is not None
+    return gemv_launch.launch_gemv(x, codes, scale, zero, lut, bias, kind, n, group, one)

@@ -37,7 +37,10 @@ def test_what_is_covered() -> None:
     assert not covers("affine4", 3, 4096, 4096, 32), "four groups in a block leave columns for two rows"
     assert not covers("codebook", 5, 4096, 4096, 64)
     assert not covers("affine3", 9, 4096, 4096, 128)
-    assert not covers("codebook", 1, 4096, 4096, 64), "gemv_kernel's"
+    assert not covers("codebook", 1, 4096, 4096, 64) and not covers("affine3", 1, 4096, 4096, 128), (
+        "gemv_kernel's"
+    )
+    assert covers("affine3", 1, 8192, 28672, 128)
     assert not covers("affine4", 4, 4096, 4096, 128), "as fast through affine_gemm"
     assert not covers("codebook", 2, 4104, 4096, 64), "rows left over"
     assert not covers("affine3", 2, 4096, 4224, 96), "blocks would cross groups"
@@ -74,7 +77,7 @@ def test_compiled_loop(kind: str, chip: int) -> None:
 
     from quantkit.kernels.few_rows import few_rows_kernel
 
-    kind, _, all_rows = kind.partition(" of ")
+    kind, _, all_rows = kind.partition(" of ")  # the tile that takes eight rows in groups of 128
     tile = few_rows_launch.tiles(KINDS[kind], 8192)[-1 if all_rows else 0]
     constants = {
         "KIND": KINDS[kind], "KS": tile.steps, "R": tile.tiles, "H": tile.blocks, "U": tile.unit,
