@@ -3,6 +3,7 @@
     python scripts/bench_export.py prepare --genai .peers/genai/bin/python
     python scripts/bench_export.py measure --genai .peers/genai/bin/python --rounds 7
     python scripts/bench_export.py table
+    python scripts/bench_export.py quality --text FILE       # KL divergence of the same files from the dense model
 
 `prepare` makes the models (the shipped example; a Llama of 4 layers and hidden size 2048 with random weights),
 converts and exports them, and runs the builder. `measure` times everything, each variant and round in a
@@ -19,6 +20,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,10 +29,13 @@ EXAMPLE = ROOT / "examples/pydoc-llama-7m"
 RECIPES = {
     "7m": {
         "gptq": "--format gptq --group-size 32 --samples 16 --seqlen 256",
+        "gptq-default": "--format gptq --samples 16 --seqlen 256",
         "hqq-head": "--format hqq --group-size 32 --set round_zero=true --override lm_head:bits=4",
     },
     "2048": {
         "hqq-head": "--format hqq --group-size 32 --set round_zero=true --override lm_head:bits=4",
+        "hqq-128": "--format hqq --group-size 128 --set round_zero=true",
+        "hqq-head-128": "--format hqq --group-size 128 --set round_zero=true --override lm_head:bits=4",
     },
     # For what falls back: plain rounding to convert quickly, since codes do not change the speed.
     "1024": {
@@ -140,6 +145,7 @@ def run(command: list[object]) -> None:
 
 def measure(args: argparse.Namespace) -> None:
     """Append one line of results for each variant and round."""
+    started = int(time.time())
     for model in args.models:
         chosen = [v for v in variants(args.work, model) if not args.only or v[0] in args.only]
         chosen = [v for v in chosen if not args.engines or v[1] in args.engines]
@@ -159,6 +165,7 @@ def measure(args: argparse.Namespace) -> None:
                     f.stat().st_size for f in folder.iterdir() if f.suffix in (".data", ".safetensors")
                 )
                 line = {"model": model, "name": name, "engine": engine, "level": level, "bytes": size}
+                line["round"] = f"{started} {number}"
                 line |= {"context": args.context, "threads": args.threads, "steps": args.steps}
                 line["others"] = round(max(0.0, busy - own) / wall, 3)
                 line |= json.loads(done.stdout.splitlines()[-1])
@@ -191,10 +198,10 @@ def table(args: argparse.Namespace) -> None:
         here = [x for x in lines if (x["model"], x["context"]) == (model, context)]
         print(f"\n{model}: prompt of {context} tokens, {here[0]['threads']} threads\n")
         print(
-            "| model | runtime | accuracy level | weights, MB | rounds | decode, tokens/s "
-            "| x dense | prefill, tokens/s |"
+            "| model | runtime | accuracy level | weights, MB | rounds | decode, tokens/s | x dense "
+            "| x builder, same round | prefill, tokens/s | x builder |"
         )
-        print("|---|---|---|---|---|---|---|---|")
+        print("|---|---|---|---|---|---|---|---|---|---|")
         rows: dict[tuple[str, str, int], list[dict[str, float]]] = {}
         for x in here:
             rows.setdefault((x["name"], x["engine"], x["level"]), []).append(x)
@@ -208,8 +215,24 @@ def table(args: argparse.Namespace) -> None:
             times = f"{decode / statistics.median(dense):.2f}" if dense else ""
             print(
                 f"| {name} | {runtime} | {level or ''} | {got[0]['bytes'] / 1e6:.1f} | {len(got)} "
-                f"| {decode:.1f} ({low:.1f} to {high:.1f}) | {times} | {prefill:.0f} |"
+                f"| {decode:.1f} ({low:.1f} to {high:.1f}) | {times} | {beside_builder(here, got, 'decode')} "
+                f"| {prefill:.0f} | {beside_builder(here, got, 'prefill')} |"
             )
+
+
+def beside_builder(lines: list[dict], ours: list[dict], key: str) -> str:
+    """Our figures over the builder's of the same round, runtime and level: median and quartiles of the ratios.
+
+    A round's processes follow one another, so that both meet the machine at much the same speed.
+    """
+    if ours[0]["name"].startswith("builder"):
+        return ""
+    head = "builder int4" if "head" in ours[0]["name"] else "builder int4-head16"
+    theirs = {
+        (x.get("round"), x["engine"], x["level"]): x[key] for x in lines if x["name"] == head and "round" in x
+    }
+    pairs = [x[key] / theirs[at] for x in ours if (at := (x.get("round"), x["engine"], x["level"])) in theirs]
+    return "{:.2f} ({:.2f} to {:.2f})".format(*spread(pairs)) if pairs else ""
 
 
 def spread(values: list[float]) -> tuple[float, float, float]:
@@ -218,6 +241,47 @@ def spread(values: list[float]) -> tuple[float, float, float]:
         return values[0], values[0], values[0]
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return middle, low, high
+
+
+# -- quality: how far the same files are from the dense model ------------------------------------------
+
+
+def quality(args: argparse.Namespace) -> None:
+    """KL divergence of each artifact's next-token distribution from the dense model's, over windows of a text."""
+    import numpy as np
+    import onnxruntime as ort
+    import torch
+    import transformers
+
+    for model in args.models:
+        folder = source(args.work, model)
+        tokens = transformers.AutoTokenizer.from_pretrained(folder)(args.text.read_text(encoding="utf-8"))
+        length, found = 256, tokens["input_ids"]
+        windows = torch.tensor(found[: min(24, len(found) // length) * length]).view(-1, length)
+        dense = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        with torch.inference_mode():
+            right = torch.log_softmax(dense(windows).logits.double(), -1)
+        print(
+            f"{model}: {windows.numel()} tokens\n\n| model | level | KL, nats/token | same first choice |\n|---|---|---|---|"
+        )
+        for name, engine, artifact, level in variants(args.work, model):
+            if engine != "ort" or (args.only and name not in args.only):
+                continue
+            session = ort.InferenceSession(f"{artifact}/model.onnx", providers=["CPUExecutionProvider"])
+            decoder = json.loads((artifact / "genai_config.json").read_text())["model"]["decoder"]
+            empty = np.zeros((1, decoder["num_key_value_heads"], 0, decoder["head_size"]), np.float32)
+            names = [i.name for i in session.get_inputs()]
+            rows = []
+            for window in windows:
+                feeds = {n: empty for n in names if n.startswith("past")}
+                feeds |= {"input_ids": window[None].numpy(), "attention_mask": np.ones((1, length), np.int64)}
+                if "position_ids" in names:
+                    feeds["position_ids"] = np.arange(length)[None]
+                rows.append(torch.from_numpy(session.run(["logits"], feeds)[0]))
+            got = torch.log_softmax(torch.cat(rows).double(), -1)
+            kl = (right.exp() * (right - got)).sum(-1).mean()
+            same = (right.argmax(-1) == got.argmax(-1)).double().mean()
+            print(f"| {name} | {level} | {kl:.4f} | {same:.3f} |")
 
 
 def worker(engine: str, folder: str, context: int, steps: int, threads: int) -> None:
@@ -326,7 +390,7 @@ def main() -> None:
         worker(sys.argv[2], sys.argv[3], *map(int, sys.argv[4:]))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("action", choices=["prepare", "measure", "table"])
+    parser.add_argument("action", choices=["prepare", "measure", "table", "quality"])
     parser.add_argument("--work", type=Path, default=ROOT / "build/bench")
     parser.add_argument("--genai", default=str(ROOT / ".peers/genai/bin/python"))
     parser.add_argument("--models", nargs="+", default=["7m", "2048"], choices=list(RECIPES))
@@ -338,12 +402,13 @@ def main() -> None:
     parser.add_argument("--engines", nargs="*", choices=["torch", "ort", "genai"])
     parser.add_argument("--again", action="store_true", help="prepare: export again")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--text", type=Path, help="quality: a text that the model was not trained on")
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--others", type=float, default=0.1, help="CPUs that others may have during a run")
     args = parser.parse_args()
-    {"prepare": prepare, "measure": measure, "table": table}[args.action](args)
+    {"prepare": prepare, "measure": measure, "table": table, "quality": quality}[args.action](args)
 
 
 if __name__ == "__main__":

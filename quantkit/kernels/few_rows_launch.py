@@ -80,8 +80,9 @@ def _tile(kind: int, m: int, n: int, k: int, group: int) -> FewRowsConfig | None
 def tile_for(x: Tensor, codes: Tensor, kind: int | None, n: int, group: int) -> FewRowsConfig | None:
     """The tile with which the kernel multiplies `x [M, K]`, or None: it does not cover this product.
 
-    It covers two to eight rows, or one of a wide weight of three bits (at most four in groups of half a block, two of a quarter) of float16 or bfloat16 at
-    aligned addresses, on NVIDIA; weights as `_tile` says. `group` is 0 for one group per row.
+    It covers two to eight rows (at most four in groups of half a block, two of a quarter), and one row of a wide
+    weight of three bits; float16 or bfloat16 at aligned addresses, on NVIDIA; weights as `_tile` says. `group` is 0
+    for one group per row.
     """
     if kind is None or x.shape[0] > COLUMNS or x.dtype not in _HALVES or not launch.has_ptx():
         return None
