@@ -25,7 +25,7 @@ class FewRowsConfig:
 
 
 _WIDEST = 1 << 31
-#: kind -> (largest N, tile), by measurement (docs/benchmarks/kernels-h100.md).
+#: kind -> (largest N, tiles, the fastest first), by measurement (docs/benchmarks/kernels-h100.md).
 CONFIGS: dict[int, list[tuple[int, list[FewRowsConfig]]]] = {
     CODEBOOK.value: [
         (4096, [FewRowsConfig(8, 1, 1)]),
@@ -34,7 +34,7 @@ CONFIGS: dict[int, list[tuple[int, list[FewRowsConfig]]]] = {
         (_WIDEST, [FewRowsConfig(4, 2, 1)]),
     ],
     AFFINE4.value: [
-        (4096, [FewRowsConfig(8, 1, 2)]),
+        (8191, []),  # `affine_gemm` is as fast there
         (8192, [FewRowsConfig(8, 1, 1)]),
         (12288, [FewRowsConfig(4, 1, 2)]),
         (16384, [FewRowsConfig(4, 1, 1)]),

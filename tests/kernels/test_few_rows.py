@@ -33,15 +33,16 @@ def test_what_is_covered() -> None:
         assert covers("codebook", m, 4096, 11008, 64)
         assert covers("affine4", m, 14336, 4096, 64)
     assert covers("affine3", 8, 4096, 14336, 128) and covers("affine3", 8, 4096, 4096, 0)
-    assert covers("affine4", 2, 4096, 4096, 32)
-    assert not covers("affine4", 3, 4096, 4096, 32), "four groups in a block leave columns for two rows"
+    assert covers("affine4", 2, 8192, 4096, 32)
+    assert not covers("affine4", 2, 6144, 4096, 64), "as fast through affine_gemm"
+    assert not covers("affine4", 3, 8192, 4096, 32), "four groups in a block leave columns for two rows"
     assert not covers("codebook", 5, 4096, 4096, 64)
     assert not covers("affine3", 9, 4096, 4096, 128)
     assert not covers("codebook", 1, 4096, 4096, 64) and not covers("affine3", 1, 4096, 4096, 128), (
         "gemv_kernel's"
     )
     assert covers("affine3", 1, 8192, 28672, 128)
-    assert not covers("affine4", 4, 4096, 4096, 128), "as fast through affine_gemm"
+    assert not covers("affine4", 4, 8192, 4096, 128), "as fast through affine_gemm"
     assert not covers("codebook", 2, 4104, 4096, 64), "rows left over"
     assert not covers("affine3", 2, 4096, 4224, 96), "blocks would cross groups"
     for m, unit in ((2, 64), (4, 64), (5, 32), (8, 32)):
