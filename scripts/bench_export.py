@@ -262,7 +262,8 @@ def quality(args: argparse.Namespace) -> None:
         with torch.inference_mode():
             right = torch.log_softmax(dense(windows).logits.double(), -1)
         print(
-            f"{model}: {windows.numel()} tokens\n\n| model | level | KL, nats/token | same first choice |\n|---|---|---|---|"
+            f"{model}: {windows.numel()} tokens\n\n| model | level | KL, nats/token | same first choice |\n"
+            "|---|---|---|---|"
         )
         for name, engine, artifact, level in variants(args.work, model):
             if engine != "ort" or (args.only and name not in args.only):
