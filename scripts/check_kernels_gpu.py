@@ -26,7 +26,7 @@ import torch
 from quantkit.progress import NullProgress
 
 ROOT = Path(__file__).resolve().parents[1]
-ROWS = (1, 7, 16, 64, 100, 300)
+ROWS = (1, 2, 3, 7, 16, 64, 100, 300)
 CHILD = """
 import sys
 sys.modules["triton"] = None  # importing it raises
