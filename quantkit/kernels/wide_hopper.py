@@ -228,7 +228,6 @@ def _multiply(
         tma.store_wait(0)
         y.permute((1, 0)).store(acc.to(DTYPE))
         fence_async_shared()
-        gl.thread_barrier()
         tma.async_copy_shared_to_global(y_desc, [m0, n0], y)
     tma.store_wait(0)
 
