@@ -90,6 +90,13 @@ def _factors(scale, zero):
 
 
 @gluon.jit
+def _load_factors(scale_ptr, zero_ptr, at, step, groups, BK: gl.constexpr, GROUP: gl.constexpr):
+    """Scales and zeros of a step's group, clamped to the row's last."""
+    g = at + gl.minimum(step * BK // GROUP, groups - 1)
+    return gl.load(scale_ptr + g), gl.load(zero_ptr + g)
+
+
+@gluon.jit
 def _decode(words, rotation, scale, low, high, EXACT: gl.constexpr, DTYPE: gl.constexpr, OPERAND: gl.constexpr):
     """Words of 8 codes `[rows, words]` as the first operand `[rows, 8 * words]` of a product."""
     w = gl.expand_dims(words, 2)
@@ -183,9 +190,10 @@ def _multiply(
         n0 += PART * ROWS
         at = gl.minimum(n0 + gl.arange(0, ROWS, ROW), N - 1) * groups
         scale, low, high = _factors(gl.load(scale_ptr + at), gl.load(zero_ptr + at))
-        g = gl.minimum(BK // GROUP, groups - 1)
-        second_scale = gl.load(scale_ptr + at + g)
-        second_zero = gl.load(zero_ptr + at + g)
+        # Scales and zeros: of the second step of this turn, of the next turn's first and second step.
+        scale_1, zero_1 = _load_factors(scale_ptr, zero_ptr, at, 1, groups, BK, GROUP)
+        scale_2, zero_2 = _load_factors(scale_ptr, zero_ptr, at, 2, groups, BK, GROUP)
+        scale_3, zero_3 = _load_factors(scale_ptr, zero_ptr, at, 3, groups, BK, GROUP)
         mbarrier.wait(full.index(stage), phase)
         words = w_s.index(stage).slice(PART * ROWS, ROWS).load(WORDS)
         a = _decode(words, rotation, scale, low, high, EXACT, DTYPE, OPERAND)
@@ -194,15 +202,10 @@ def _multiply(
             acc = warpgroup_mma(a, x_s.index(stage).permute((1, 0)), acc, is_async=True)
             first = stage
             stage, phase = _advance(stage, phase, STAGES)
-            # The next turn's scales, long before the fence below, which waits for every load.
-            g = gl.minimum((i + 2) * BK // GROUP, groups - 1)
-            next_scale = gl.load(scale_ptr + at + g)
-            next_zero = gl.load(zero_ptr + at + g)
             if EACH == 1:
-                scale, low, high = _factors(second_scale, second_zero)
-                g = gl.minimum((i + 3) * BK // GROUP, groups - 1)
-                second_scale = gl.load(scale_ptr + at + g)
-                second_zero = gl.load(zero_ptr + at + g)
+                scale, low, high = _factors(scale_1, zero_1)
+                scale_1, zero_1 = scale_3, zero_3
+                scale_3, zero_3 = _load_factors(scale_ptr, zero_ptr, at, i + 5, groups, BK, GROUP)
             mbarrier.wait(full.index(stage), phase)
             words = w_s.index(stage).slice(PART * ROWS, ROWS).load(WORDS)
             a = _decode(words, rotation, scale, low, high, EXACT, DTYPE, OPERAND)
@@ -213,11 +216,11 @@ def _multiply(
             second = stage
             second_phase = phase
             stage, phase = _advance(stage, phase, STAGES)
-            scale, low, high = _factors(next_scale, next_zero)
+            scale, low, high = _factors(scale_2, zero_2)
+            scale_2, zero_2 = _load_factors(scale_ptr, zero_ptr, at, i + 4, groups, BK, GROUP)
             mbarrier.wait(full.index(stage), phase, pred=i + 2 < steps)
             words = w_s.index(stage).slice(PART * ROWS, ROWS).load(WORDS)
             a = _decode(words, rotation, scale, low, high, EXACT, DTYPE, OPERAND)
-            fence_async_shared()  # codes were read; TMA may write there
             mbarrier.wait(full.index(second), second_phase)  # passed before: it ends the basic block
             acc, a = warpgroup_mma_wait(0, deps=(acc, a))
             mbarrier.arrive(empty.index(second), count=1)
