@@ -1,0 +1,204 @@
+"""The fused product of hundreds of rows on Hopper: when it answers, and what its compiled code must look like.
+
+What it computes only a device shows: `scripts/check_ops_gpu.py --only "wide products"`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from kernel_support import compiled
+from sass_support import disassembled, overwritten_operands, product_loops
+
+pytest.importorskip("triton")
+pytest.importorskip("triton.experimental.gluon")
+
+from triton.backends.compiler import GPUTarget
+
+from quantkit.kernels import affine, launch, sliced, wide_hopper_launch
+from quantkit.kernels.affine_launch import AffineWeight
+from quantkit.kernels.wide_hopper import wide_hopper_kernel
+from quantkit.kernels.wide_hopper_launch import BK, BM, BN, decoding_cost, faster
+
+SM_90 = mock.patch.object(launch, "target", lambda: ("cuda", 90))
+
+
+def packed(n: int = 256, k: int = 512, group: int = 128, bits: int = 4, **changed: Any) -> AffineWeight:
+    weight = AffineWeight(
+        torch.zeros(n, k * bits // 8, dtype=torch.uint8),
+        torch.ones(n, k // group, dtype=torch.float16),
+        torch.zeros(n, k // group, dtype=torch.uint8),
+        None,
+        bits,
+        group,
+    )
+    return weight._replace(**changed)
+
+
+def inputs(m: int = 300, k: int = 512, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.zeros(m, k, dtype=dtype)
+
+
+# Medians of one run on an H100 (docs/benchmarks/kernels-h100.md): N, K, M, us fused, us dequantize and BLAS.
+MEASURED = [
+    (8192, 8192, 192, 83.9, 116.7),
+    (8192, 8192, 512, 100.1, 157.3),
+    (8192, 8192, 768, 189.6, 199.5),
+    (8192, 8192, 1024, 190.0, 244.0),
+    (8192, 8192, 2048, 404.5, 450.7),
+    (4096, 4096, 512, 42.7, 38.4),
+    (4096, 4096, 768, 46.1, 50.2),
+    (4096, 4096, 1024, 48.7, 62.3),
+    (14336, 4096, 512, 99.2, 149.8),
+    (14336, 4096, 1024, 199.6, 219.3),
+    (14336, 4096, 1536, 298.6, 324.0),
+    (28672, 8192, 384, 430.9, 471.4),
+    (28672, 8192, 1024, 726.0, 936.0),
+    (28672, 8192, 2048, 1478.8, 1610.2),
+]
+
+
+@pytest.mark.parametrize(("n", "k", "m", "fused", "blas"), MEASURED)
+def test_the_rule_chooses_what_was_measured_to_be_faster(
+    n: int, k: int, m: int, fused: float, blas: float
+) -> None:
+    assert faster(m, n, 1.0, 132) == (fused < blas)
+
+
+def test_the_rule_knows_no_device_without_multiprocessors_and_no_more_rows_than_measured() -> None:
+    assert not faster(1024, 8192, 1.0, 0)
+    assert faster(2048, 8192, 1.0, 132) and not faster(2049, 8192, 1.0, 132)
+
+
+def test_a_weight_that_takes_longer_to_decode_answers_in_fewer_places() -> None:
+    float_zeros = packed(zero=torch.zeros(256, 4, dtype=torch.float16))
+    costs = [decoding_cost(packed()), decoding_cost(packed(group=64)), decoding_cost(float_zeros)]
+    assert costs == sorted(costs) and costs[0] == 1.0
+    assert [faster(768, 8192, cost, 132) for cost in costs] == [True, False, False]
+
+
+def test_what_is_covered() -> None:
+    covers = wide_hopper_launch.covers
+    with SM_90:
+        assert covers(inputs(), packed())
+        assert covers(inputs(dtype=torch.float16), packed(group=64))
+        assert covers(inputs(), packed(group=512))  # one group per row
+        assert not covers(inputs(dtype=torch.float32), packed())
+        assert not covers(inputs(), packed(group=32))
+        assert not covers(inputs(), packed(bits=8))
+        assert not covers(inputs(k=544), packed(k=544, group=544))  # a step of K is left over
+        assert not covers(inputs(), packed(n=260))  # rows of y of 520 bytes
+        wider = torch.zeros(256, 512, dtype=torch.uint8)
+        assert not covers(inputs(), packed(codes=wider[:, :256]))
+        assert not covers(
+            inputs(), packed(codes=torch.zeros(256 * 256 + 8, dtype=torch.uint8)[8:].view(256, 256))
+        )
+        assert not covers(inputs().to("meta"), packed())
+    for other in (("cuda", 80), ("cuda", 100), ("hip", 0)):
+        with mock.patch.object(launch, "target", lambda other=other: other):
+            assert not covers(inputs(), packed())
+
+
+def test_where_triton_refuses_the_other_route_answers_and_is_not_asked_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = []
+
+    def launch_wide(*_: Any) -> torch.Tensor:
+        asked.append(1)
+        raise ImportError("no Gluon\nin this Triton")
+
+    monkeypatch.delenv("QUANTKIT_KERNELS", raising=False)
+    monkeypatch.setattr(wide_hopper_launch, "launch_wide", launch_wide)
+    monkeypatch.setattr(wide_hopper_launch, "_refused", False)
+    monkeypatch.setattr(sliced, "multiprocessors", lambda _: 132)
+    monkeypatch.setattr(affine, "_sliced_linear", lambda x, weight, bias: x.new_full((x.shape[0], 8192), 7))
+    weight = packed(n=8192)
+    arguments = (inputs(512), weight.codes, weight.scale, weight.zero, None, None, 4, 128, None)
+    with SM_90:
+        assert all(bool((affine.affine_linear(*arguments) == 7).all()) for _ in range(2))
+        assert len(asked) == 1 and "no Gluon" in caplog.text and "in this Triton" not in caplog.text
+        monkeypatch.setattr(wide_hopper_launch, "_refused", False)
+        monkeypatch.setenv("QUANTKIT_KERNELS", "strict")
+        with pytest.raises(ImportError):
+            affine.affine_linear(*arguments)
+
+
+def test_many_rows_of_a_covered_weight_take_this_route(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(
+        wide_hopper_launch,
+        "launch_wide",
+        lambda x, weight, bias, units: calls.append((x.shape, units)) or x.new_zeros(x.shape[0], 8192),
+    )
+    monkeypatch.setattr(sliced, "multiprocessors", lambda _: 132)
+    weight = packed(n=8192)
+    with SM_90:
+        out = affine.affine_linear(
+            inputs(512).view(2, 256, 512), weight.codes, weight.scale, weight.zero, None, None, 4, 128, None
+        )
+    assert calls == [((512, 512), 132)] and out.shape == (2, 256, 8192)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "group", "zero", "bias"),
+    [("bf16", 128, "*u8", False), ("fp16", 64, "*fp16", True), ("bf16", 1 << 30, "*u8", True)],
+)
+def test_compiled_code(dtype: str, group: int, zero: str, bias: bool) -> None:
+    """No spills; products that are not made to wait for each other; decoding beside products in flight; and no
+    operand written again while a product may be reading it."""
+    of_x, of_words, of_y = wide_hopper_launch.layouts()
+    types = {
+        "x_desc": f"tensordesc<{dtype}[{BM}, {BK}],{of_x!r}>",
+        "w_desc": f"tensordesc<i32[{BN}, {BK // 8}],{of_words!r}>",
+        "y_desc": f"tensordesc<{dtype}[{BM}, {BN // 2}],{of_y!r}>",
+        "scale_ptr": "*fp16",
+        "zero_ptr": zero,
+        "bias_ptr": f"*{dtype}",
+    }
+    constants = {
+        "GROUP": group,
+        "BN": BN,
+        "BM": BM,
+        "BK": BK,
+        "STAGES": wide_hopper_launch.STAGES,
+        "TOGETHER": wide_hopper_launch.TOGETHER,
+        "HAS_BIAS": bias,
+    }
+    target = GPUTarget("cuda", 90, 32)
+    options = {"num_warps": 4, "maxnreg": wide_hopper_launch.REGISTERS}
+    binary = compiled(wide_hopper_kernel, types, constants, target, **options)
+    assert binary.metadata.shared <= 232448
+    lines = disassembled(binary.asm["cubin"])
+    assert not any("STL" in line or "LDL" in line for line in lines)
+    loops = product_loops(lines)
+    assert len(loops) == 2  # one of each warpgroup
+    for loop in loops:
+        assert sum("HGMMA" in line for line in loop) == 8
+        # Serialized products have a wait of their own each: here two, one of which leaves a group in flight.
+        waits = [i for i, line in enumerate(loop) if "DEPBAR.LE gsb0" in line]
+        assert [loop[i].split()[-1] for i in waits] == ["0x1", "0x0"]
+        ends = [i for i, line in enumerate(loop) if "HGMMA" in line and "gsb0" in line]
+        assert len(ends) == 2 and ends[1] < waits[0]
+        # 32 weights are decoded while the product before is in flight: from one issue to the next, and from there
+        # to the last wait, behind which ptxas leaves only the rounding.
+        for start, stop in ((ends[0], ends[1]), (ends[1], waits[1])):
+            assert sum(line.startswith("SHF.L.W") for line in loop[start:stop]) == 16
+            assert sum(line.startswith(("FFMA", "FMUL")) for line in loop[start:stop]) >= 32
+        assert not overwritten_operands(loop)
+        assert not any("MEMBAR" in line for line in loop)
+
+
+def test_an_operand_written_while_it_is_read_is_found() -> None:
+    loop = [
+        "F2FP.BF16.F32.PACK_AB R152, R3, R2",
+        "HGMMA.64x256x16.F32.BF16 R24, R152, gdesc[UR4], R24, gsb0",
+        "WARPGROUP.DEPBAR.LE gsb0, 0x1",
+        "@P0 BRA `(.L_x_2)",
+    ]
+    assert overwritten_operands(loop) == [loop[0]]
+    assert not overwritten_operands([*loop[:2], loop[2].replace("0x1", "0x0"), loop[3]])
+    assert overwritten_operands([*loop[:2], "LDS.128 R150, [R8]", loop[2].replace("0x1", "0x0")])
