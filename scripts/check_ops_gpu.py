@@ -5,9 +5,8 @@
 
 opcheck of every op; torch.compile(fullgraph=True) with dynamic M, under autocast too; CUDA-graph capture and
 replay on new inputs, without a host sync; host time of a call through the op; dequantize bit for bit against
-the reference (and bitsandbytes, where installed, nested absmax included); the fused product of hundreds of rows on Hopper;
-BitNet's rule to the last bit; a short
-LoRA training against the same weights dense and frozen.
+the reference (and bitsandbytes, where installed, nested absmax included); the fused product of hundreds of rows
+(Hopper); BitNet's rule to the last bit; a short LoRA training against the same weights dense and frozen.
 """
 
 from __future__ import annotations
@@ -229,14 +228,15 @@ def check_wide(device: torch.device) -> str:
 
     if device.type != "cuda" or launch.target() != ("cuda", 90):
         return "skipped: no sm_90"
-    units, worst, count = sliced.multiprocessors(device), {}, 0
+    units, count = sliced.multiprocessors(device), 0
+    worst: dict[torch.dtype, float] = {}
     # Groups of a step, of a turn (two steps), longer, of a row; float zeros; tails of N; odd numbers of steps.
     cases = (("affine-4g128", 264, 640), ("affine-4g64", 520, 576), ("hqq-4g64", 1032, 1024), ("affine-4g192", 64, 192),
              ("affine-4g1024", 256, 1024), ("affine-4g128", 4096, 4096))  # fmt: skip
     for form, n, k in cases:
         packed = random_weight(form, n, k, device)
-        assert isinstance(packed.encoding, Affine)
         enc = packed.encoding
+        assert isinstance(enc, Affine) and packed.zero is not None
         weight = AffineWeight(packed.codes, packed.scale, packed.zero, None, enc.bits, enc.group_size)
         for dtype, limit in ((torch.bfloat16, 2e-3), (torch.float16, 2.5e-4)):
             dense = dequantize(packed, dtype)
