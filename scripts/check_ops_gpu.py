@@ -221,10 +221,23 @@ def _against_bitsandbytes(device: torch.device) -> str:
     return f"{count} cases equal bitsandbytes (nested absmax included)"
 
 
+def _wide(packed: PackedWeight) -> Any:
+    from quantkit.kernels import wide_hopper_launch
+
+    if isinstance(packed.encoding, Codebook):
+        assert packed.lut is not None
+        return wide_hopper_launch.codebook(
+            packed.codes, packed.scale, packed.lut, *packed.shape, packed.encoding.block_size
+        )
+    assert isinstance(packed.encoding, Affine)
+    groups = packed.scale.shape[1]
+    group = packed.encoding.group_size if groups > 1 else 0
+    return wide_hopper_launch.Wide(packed.codes, packed.scale, packed.zero, None, None, group)
+
+
 def check_wide(device: torch.device) -> str:
     """The fused product of hundreds of rows (sm_90): W bit for bit, sums within their rounding, no race."""
     from quantkit.kernels import launch, sliced, wide_hopper_launch
-    from quantkit.kernels.affine_launch import AffineWeight
 
     if device.type != "cuda" or launch.target() != ("cuda", 90):
         return "skipped: no sm_90"
@@ -232,12 +245,10 @@ def check_wide(device: torch.device) -> str:
     worst: dict[torch.dtype, float] = {}
     # Groups of a step, of a turn (two steps), longer, of a row; float zeros; tails of N; odd numbers of steps.
     cases = (("affine-4g128", 264, 640), ("affine-4g64", 520, 576), ("hqq-4g64", 1032, 1024), ("affine-4g192", 64, 192),
-             ("affine-4g1024", 256, 1024), ("affine-4g128", 4096, 4096))  # fmt: skip
+             ("affine-4g1024", 256, 1024), ("nf4", 264, 576), ("affine-4g128", 4096, 4096))  # fmt: skip
     for form, n, k in cases:
         packed = random_weight(form, n, k, device)
-        enc = packed.encoding
-        assert isinstance(enc, Affine) and packed.zero is not None
-        weight = AffineWeight(packed.codes, packed.scale, packed.zero, None, enc.bits, enc.group_size)
+        weight = _wide(packed)
         for dtype, limit in ((torch.bfloat16, 2e-3), (torch.float16, 2.5e-4)):
             dense = dequantize(packed, dtype)
             eye = torch.eye(k, device=device, dtype=dtype)

@@ -52,7 +52,8 @@ def affine_linear(
             return ternary.int8_linear(rows, weight, bias).view(*x.shape[:-1], n)
     with device_of(x):
         if rows.shape[0] > (tuning.FUSED_ROWS_3BIT if bits == 3 else tuning.FUSED_ROWS):
-            wide = wide_hopper_launch.multiply(rows, weight, bias)
+            fit = wide_hopper_launch.Wide(codes, scale, zero, None, perm, weight.group) if bits == 4 else None
+            wide = wide_hopper_launch.multiply(rows, fit, bias)
             out = wide if wide is not None else _sliced_linear(rows, weight, bias)
         else:
             few = few_rows_launch.multiply(

@@ -26,6 +26,8 @@ One fused multiply-add then gives `(q - zero) * scale`, exactly, for integer zer
 c = -(2048 + zero) * scale, of at most 23 bits. Other scales and zeros take a subtraction, another and a product,
 rounded as `quantkit.encoding.dequantize` rounds.
 
+A codebook's table lies in the lanes, two copies of 16 entries, and a shuffle reads the entry of each code.
+
 A buffer of codes is given back to TMA without a fence between the proxies: every code was decoded, so read, before
 the product that the release waits for. (The fence waits for loads of scales in flight as well: 2 to 5 %.)
 """
@@ -47,6 +49,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 _BYTE_TO_FLOATS = gl.constexpr(
     "{ .reg .b32 r; shf.l.wrap.b32 r, $2, $2, $3; "
     "lop3.b32 $0, r, 0x0F000, 0x45000000, 0xEA; lop3.b32 $1, r, 0xF0000, 0x43000000, 0xEA; }"
+)
+
+#: The same for a table that lanes 0 .. 15 hold, and 16 .. 31 once more, so that bit 4 of a lane's number is free.
+#: Codebooks keep the earlier code in the high nibble.
+_BYTE_TO_ENTRIES = gl.constexpr(
+    "{ .reg .b32 r; shf.l.wrap.b32 r, $2, $2, $3; shfl.sync.idx.b32 $1, $4, r, 0x1f, 0xffffffff; "
+    "shr.u32 r, r, 4; shfl.sync.idx.b32 $0, $4, r, 0x1f, 0xffffffff; }"
 )
 
 
@@ -93,24 +102,51 @@ def _factors(scale, zero):
 
 
 @gluon.jit
-def _load_factors(scale_ptr, zero_ptr, at, step, groups, BK: gl.constexpr, GROUP: gl.constexpr):
-    """Scales and zeros of a step's group, clamped to the row's last."""
+def _load_factors(
+    scale_ptr, zero_ptr, at, step, groups, BK: gl.constexpr, GROUP: gl.constexpr, HAS_TABLE: gl.constexpr
+):
+    """Scales and zeros of a step's group, clamped to the row's last. (A codebook has no zeros: scales twice.)"""
     g = at + gl.minimum(step * BK // GROUP, groups - 1)
-    return gl.load(scale_ptr + g), gl.load(zero_ptr + g)
+    scale = gl.load(scale_ptr + g)
+    if HAS_TABLE:
+        return scale, scale
+    return scale, gl.load(zero_ptr + g)
 
 
 @gluon.jit
 def _decode(
-    words, rotation, scale, low, high, EXACT: gl.constexpr, DTYPE: gl.constexpr, OPERAND: gl.constexpr
+    words,
+    rotation,
+    table,
+    scale,
+    low,
+    high,
+    HAS_TABLE: gl.constexpr,
+    EXACT: gl.constexpr,
+    DTYPE: gl.constexpr,
+    OPERAND: gl.constexpr,
 ):
     """Words of 8 codes `[rows, words]` as the first operand `[rows, 8 * words]` of a product."""
     w = gl.expand_dims(words, 2)
-    a, b = gl.inline_asm_elementwise(
-        _BYTE_TO_FLOATS, "=r,=r,r,r", [w, rotation], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
-    )
+    if HAS_TABLE:
+        a, b = gl.inline_asm_elementwise(
+            _BYTE_TO_ENTRIES,
+            "=r,=r,r,r,r",
+            [w, rotation, table],
+            dtype=(gl.int32, gl.int32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        a, b = gl.inline_asm_elementwise(
+            _BYTE_TO_FLOATS, "=r,=r,r,r", [w, rotation], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
+        )
     a = a.to(gl.float32, bitcast=True)
     b = b.to(gl.float32, bitcast=True)
-    if EXACT:
+    if HAS_TABLE:
+        a = a * scale
+        b = b * scale
+    elif EXACT:
         a = gl.fma(a, scale, low)
         b = gl.fma(b, scale, high)
     else:
@@ -167,16 +203,19 @@ def _multiply(
     BK: gl.constexpr,
     STAGES: gl.constexpr,
     TOGETHER: gl.constexpr,
+    HAS_TABLE: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     PART: gl.constexpr,
 ):
     """Warpgroup PART: its half of the rows of every tile of W."""
-    scale_ptr, zero_ptr, bias_ptr = packed
+    scale_ptr, zero_ptr, lut_ptr, bias_ptr = packed
     x_s, w_s, y_s, full, empty = buffers
     M, N, K, groups = sizes
     DTYPE: gl.constexpr = x_s.dtype
     ROWS: gl.constexpr = BN // 2
-    EXACT: gl.constexpr = one_addition(scale_ptr.dtype.element_ty, zero_ptr.dtype.element_ty)
+    EXACT: gl.constexpr = not HAS_TABLE and one_addition(
+        scale_ptr.dtype.element_ty, zero_ptr.dtype.element_ty
+    )
     #: Steps of BK inputs that one scale of a row serves: both of a turn, or one.
     EACH: gl.constexpr = 2 if GROUP % (2 * BK) == 0 else 1
     SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
@@ -184,8 +223,14 @@ def _multiply(
     BYTES: gl.constexpr = bytes_layout(ROWS, BK // 8)
     WORDS: gl.constexpr = gl.SliceLayout(2, BYTES)
     ROW: gl.constexpr = gl.SliceLayout(1, WORDS)
-    rotation = (gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, BYTES))) * 24 + 12) & 31
-    rotation = gl.expand_dims(gl.expand_dims(rotation, 0), 1)
+    # A thread's byte to bits 12 .. 19, or for a table to the lowest.
+    byte = gl.expand_dims(gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, BYTES))), 0), 1)
+    rotation = (byte * 24 + (0 if HAS_TABLE else 12)) & 31
+    table = rotation
+    if HAS_TABLE:
+        row = gl.expand_dims(gl.expand_dims(gl.arange(0, ROWS, ROW), 1), 2)
+        entry = (row & 3) * 4 + byte  # the lane's number, modulo 16
+        table = gl.load(lut_ptr + entry).to(gl.int32, bitcast=True)
     steps = gl.cdiv(K, 2 * BK) * 2
     y = y_s.index(PART)
     stage = 0
@@ -194,14 +239,15 @@ def _multiply(
         n0, m0 = _tile(t, M, N, BN, BM, TOGETHER)
         n0 += PART * ROWS
         at = gl.minimum(n0 + gl.arange(0, ROWS, ROW), N - 1) * groups
-        scale, low, high = _factors(gl.load(scale_ptr + at), gl.load(zero_ptr + at))
+        scale_0, zero_0 = _load_factors(scale_ptr, zero_ptr, at, 0, groups, BK, GROUP, HAS_TABLE)
+        scale, low, high = _factors(scale_0, zero_0)
         # Scales and zeros: of the second step of this turn, of the next turn's first and second step.
-        scale_1, zero_1 = _load_factors(scale_ptr, zero_ptr, at, 1, groups, BK, GROUP)
-        scale_2, zero_2 = _load_factors(scale_ptr, zero_ptr, at, 2, groups, BK, GROUP)
-        scale_3, zero_3 = _load_factors(scale_ptr, zero_ptr, at, 3, groups, BK, GROUP)
+        scale_1, zero_1 = _load_factors(scale_ptr, zero_ptr, at, 1, groups, BK, GROUP, HAS_TABLE)
+        scale_2, zero_2 = _load_factors(scale_ptr, zero_ptr, at, 2, groups, BK, GROUP, HAS_TABLE)
+        scale_3, zero_3 = _load_factors(scale_ptr, zero_ptr, at, 3, groups, BK, GROUP, HAS_TABLE)
         mbarrier.wait(full.index(stage), phase)
         words = w_s.index(stage).slice(PART * ROWS, ROWS).load(WORDS)
-        a = _decode(words, rotation, scale, low, high, EXACT, DTYPE, OPERAND)
+        a = _decode(words, rotation, table, scale, low, high, HAS_TABLE, EXACT, DTYPE, OPERAND)
         acc = gl.zeros((ROWS, BM), gl.float32, SUM)
         for i in range(0, steps, 2):
             acc = warpgroup_mma(a, x_s.index(stage).permute((1, 0)), acc, is_async=True)
@@ -210,10 +256,10 @@ def _multiply(
             if EACH == 1:
                 scale, low, high = _factors(scale_1, zero_1)
                 scale_1, zero_1 = scale_3, zero_3
-                scale_3, zero_3 = _load_factors(scale_ptr, zero_ptr, at, i + 5, groups, BK, GROUP)
+                scale_3, zero_3 = _load_factors(scale_ptr, zero_ptr, at, i + 5, groups, BK, GROUP, HAS_TABLE)
             mbarrier.wait(full.index(stage), phase)
             words = w_s.index(stage).slice(PART * ROWS, ROWS).load(WORDS)
-            a = _decode(words, rotation, scale, low, high, EXACT, DTYPE, OPERAND)
+            a = _decode(words, rotation, table, scale, low, high, HAS_TABLE, EXACT, DTYPE, OPERAND)
 
             acc = warpgroup_mma(a, x_s.index(stage).permute((1, 0)), acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=(acc,))
@@ -222,10 +268,10 @@ def _multiply(
             second_phase = phase
             stage, phase = _advance(stage, phase, STAGES)
             scale, low, high = _factors(scale_2, zero_2)
-            scale_2, zero_2 = _load_factors(scale_ptr, zero_ptr, at, i + 4, groups, BK, GROUP)
+            scale_2, zero_2 = _load_factors(scale_ptr, zero_ptr, at, i + 4, groups, BK, GROUP, HAS_TABLE)
             mbarrier.wait(full.index(stage), phase, pred=i + 2 < steps)
             words = w_s.index(stage).slice(PART * ROWS, ROWS).load(WORDS)
-            a = _decode(words, rotation, scale, low, high, EXACT, DTYPE, OPERAND)
+            a = _decode(words, rotation, table, scale, low, high, HAS_TABLE, EXACT, DTYPE, OPERAND)
             mbarrier.wait(full.index(second), second_phase)  # passed before: it ends the basic block
             acc, a = warpgroup_mma_wait(0, deps=(acc, a))
             mbarrier.arrive(empty.index(second), count=1)
@@ -247,6 +293,7 @@ def wide_hopper_kernel(
     y_desc,
     scale_ptr,
     zero_ptr,
+    lut_ptr,
     bias_ptr,
     M,
     N,
@@ -258,6 +305,7 @@ def wide_hopper_kernel(
     BK: gl.constexpr,
     STAGES: gl.constexpr,
     TOGETHER: gl.constexpr,
+    HAS_TABLE: gl.constexpr,
     HAS_BIAS: gl.constexpr,
 ):
     """y `[M, N]` of x `[M, K]`, words of codes `[N, K / 8]` and scales, zeros `[N, groups]`.
@@ -273,13 +321,19 @@ def wide_hopper_kernel(
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
-    packed = (scale_ptr, zero_ptr, bias_ptr)
+    packed = (scale_ptr, zero_ptr, lut_ptr, bias_ptr)
     buffers = (x_s, w_s, y_s, full, empty)
     sizes = (M, N, K, groups)
     gl.warp_specialize(
         [
-            (_multiply, (y_desc, packed, buffers, sizes, GROUP, BN, BM, BK, STAGES, TOGETHER, HAS_BIAS, 0)),
-            (_multiply, (y_desc, packed, buffers, sizes, GROUP, BN, BM, BK, STAGES, TOGETHER, HAS_BIAS, 1)),
+            (
+                _multiply,
+                (y_desc, packed, buffers, sizes, GROUP, BN, BM, BK, STAGES, TOGETHER, HAS_TABLE, HAS_BIAS, 0),
+            ),
+            (
+                _multiply,
+                (y_desc, packed, buffers, sizes, GROUP, BN, BM, BK, STAGES, TOGETHER, HAS_TABLE, HAS_BIAS, 1),
+            ),
             (_copy, (x_desc, w_desc, buffers, sizes, BN, BM, BK, STAGES, TOGETHER)),
         ],
         [4, 1],

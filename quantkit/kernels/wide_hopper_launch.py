@@ -1,4 +1,4 @@
-"""When and how `wide_hopper_kernel` multiplies: hundreds of rows of x on sm_90, 4-bit affine weights.
+"""When and how `wide_hopper_kernel` multiplies: hundreds of rows of x on sm_90, 4-bit affine and codebook weights.
 
 Everything else keeps the route that its backend has for many rows: the weight, or a slice of it, is dequantized
 and the vendor's BLAS multiplies. That route also answers where this Triton has no Gluon, or another one.
@@ -9,14 +9,13 @@ from __future__ import annotations
 import logging
 import os
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from quantkit.kernels import launch as device
 from quantkit.kernels import sliced
-from quantkit.kernels.affine_launch import AffineWeight
 from quantkit.kernels.launch import cdiv
 
 #: Rows of W and of x per tile, inputs per step; buffers of one step; tiles of W that share the L2 cache.
@@ -36,10 +35,28 @@ _refused = False
 log = logging.getLogger(__name__)
 
 
-def multiply(x: Tensor, weight: AffineWeight, bias: Tensor | None) -> Tensor | None:
+class Wide(NamedTuple):
+    """A 4-bit weight as the kernel takes it."""
+
+    codes: Tensor  # uint8 [N, K / 2]
+    scale: Tensor  # [N, groups]
+    zero: Tensor | None  # [N, groups], or None with a table
+    lut: Tensor | None  # float32 [16]
+    perm: Tensor | None
+    group: int  # 0 for one per row
+
+
+def codebook(codes: Tensor, scale: Tensor, lut: Tensor, n: int, k: int, block: int) -> Wide | None:
+    """The codebook weight `[n, k]`, whose codes and scales are flat; None where rows share bytes or blocks."""
+    if k % block or k % 2 or lut.dtype != torch.float32 or lut.numel() != 16:
+        return None
+    return Wide(codes.view(n, k // 2), scale.view(n, k // block), None, lut, None, block)
+
+
+def multiply(x: Tensor, weight: Wide | None, bias: Tensor | None) -> Tensor | None:
     """`x [M, K]` times the weight plus bias `[N]`: `[M, N]`, or None where another route is faster or must answer."""
     global _refused
-    if _refused or not covers(x, weight):
+    if _refused or weight is None or not covers(x, weight):
         return None
     units = sliced.multiprocessors(x.device)
     if not faster(x.shape[0], weight.codes.shape[0], decoding_cost(weight), units):
@@ -59,7 +76,7 @@ def multiply(x: Tensor, weight: AffineWeight, bias: Tensor | None) -> Tensor | N
         return None
 
 
-def covers(x: Tensor, weight: AffineWeight) -> bool:
+def covers(x: Tensor, weight: Wide) -> bool:
     """Can the kernel multiply `x [M, K]` by this weight on this device? (Is it the faster way: `faster`.)
 
     TMA wants addresses and rows of whole 16 bytes. Recorded launches (`quantkit.kernels.aot`) have no
@@ -70,20 +87,21 @@ def covers(x: Tensor, weight: AffineWeight) -> bool:
         x.device.type != "meta"
         and device.target() == ("cuda", 90)
         and x.dtype in (torch.float16, torch.bfloat16)
-        and weight.bits == 4
         and weight.group % BK == 0
         and k % BK == 0
         and codes.shape[0] % 8 == 0
         and codes.is_contiguous()
         and codes.data_ptr() % 16 == 0
         and weight.scale.is_contiguous()
-        and weight.zero.is_contiguous()
+        and (weight.zero is None or weight.zero.is_contiguous())
         and weight.scale.numel() < 2**31
     )
 
 
-def decoding_cost(weight: AffineWeight) -> float:
+def decoding_cost(weight: Wide) -> float:
     """Time of a tile of this weight over one of integer zeros in groups of 128 (8192 x 8192, M=1024)."""
+    if weight.zero is None:
+        return 1.15
     if weight.zero.is_floating_point() or weight.scale.dtype == torch.float32:
         return 1.27
     return 1.0 if weight.group % (2 * BK) == 0 else 1.1
@@ -102,7 +120,7 @@ def faster(m: int, n: int, cost: float, units: int) -> bool:
     return waves * cost - filled < n / DEQUANTIZED_PER_WAVE
 
 
-def launch_wide(x: Tensor, weight: AffineWeight, bias: Tensor | None, units: int) -> Tensor:
+def launch_wide(x: Tensor, weight: Wide, bias: Tensor | None, units: int) -> Tensor:
     """The launch for a weight that `covers` says yes to, on `units` multiprocessors: `[M, N]` in the dtype of `x`."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -121,7 +139,8 @@ def launch_wide(x: Tensor, weight: AffineWeight, bias: Tensor | None, units: int
         TensorDescriptor(words, [n, k // 8], [words.stride(0), 1], [BN, BK // 8], of_words),
         TensorDescriptor(out, [m, n], [n, 1], [BM, BN // 2], of_y),
         weight.scale,
-        weight.zero,
+        weight.zero if weight.zero is not None else weight.scale,
+        weight.lut if weight.lut is not None else weight.scale,
         bias if bias is not None else x,
         m,
         n,
@@ -133,6 +152,7 @@ def launch_wide(x: Tensor, weight: AffineWeight, bias: Tensor | None, units: int
         BK=BK,
         STAGES=STAGES,
         TOGETHER=TOGETHER,
+        HAS_TABLE=weight.lut is not None,
         HAS_BIAS=bias is not None,
         num_warps=4,
         maxnreg=REGISTERS,

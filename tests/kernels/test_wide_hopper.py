@@ -19,23 +19,28 @@ pytest.importorskip("triton.experimental.gluon")
 from triton.backends.compiler import GPUTarget
 
 from quantkit.kernels import affine, launch, sliced, wide_hopper_launch
-from quantkit.kernels.affine_launch import AffineWeight
 from quantkit.kernels.wide_hopper import wide_hopper_kernel
-from quantkit.kernels.wide_hopper_launch import BK, BM, BN, decoding_cost, faster
+from quantkit.kernels.wide_hopper_launch import BK, BM, BN, Wide, decoding_cost, faster
 
 SM_90 = mock.patch.object(launch, "target", lambda: ("cuda", 90))
 
 
-def packed(n: int = 256, k: int = 512, group: int = 128, bits: int = 4, **changed: Any) -> AffineWeight:
-    weight = AffineWeight(
-        torch.zeros(n, k * bits // 8, dtype=torch.uint8),
+def packed(n: int = 256, k: int = 512, group: int = 128, **changed: Any) -> Wide:
+    weight = Wide(
+        torch.zeros(n, k // 2, dtype=torch.uint8),
         torch.ones(n, k // group, dtype=torch.float16),
         torch.zeros(n, k // group, dtype=torch.uint8),
         None,
-        bits,
-        group,
+        None,
+        group if group < k else 0,
     )
     return weight._replace(**changed)
+
+
+def nf4(n: int, k: int, block: int = 64, **changed: Any) -> Wide | None:
+    codes, scale = torch.zeros(n * k // 2, dtype=torch.uint8), torch.ones(-(-n * k // block))
+    given = {"codes": codes, "scale": scale, "lut": torch.zeros(16), "n": n, "k": k, "block": block}
+    return wide_hopper_launch.codebook(**given | changed)
 
 
 def inputs(m: int = 300, k: int = 512, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -109,7 +114,6 @@ def test_what_is_covered() -> None:
         assert covers(inputs(), packed(group=512))  # one group per row
         assert not covers(inputs(dtype=torch.float32), packed())
         assert not covers(inputs(), packed(group=32))
-        assert not covers(inputs(), packed(bits=8))
         assert not covers(inputs(k=544), packed(k=544, group=544))  # a step of K is left over
         assert not covers(inputs(), packed(n=260))  # rows of y of 520 bytes
         wider = torch.zeros(256, 512, dtype=torch.uint8)
@@ -121,6 +125,17 @@ def test_what_is_covered() -> None:
     for other in (("cuda", 80), ("cuda", 100), ("hip", 0)):
         with mock.patch.object(launch, "target", lambda other=other: other):
             assert not covers(inputs(), packed())
+
+
+def test_codebooks_are_covered_where_rows_are_whole_blocks() -> None:
+    weight = nf4(256, 512)
+    assert weight is not None and weight.codes.shape == (256, 256) and weight.scale.shape == (256, 8)
+    with SM_90:
+        assert wide_hopper_launch.covers(inputs(), weight)
+        shorter = nf4(256, 512, block=32)
+        assert shorter is not None and not wide_hopper_launch.covers(inputs(), shorter)
+    assert nf4(256, 544) is None
+    assert nf4(256, 512, lut=torch.zeros(16, dtype=torch.float16)) is None
 
 
 def test_where_triton_refuses_the_other_route_answers_and_is_not_asked_again(
@@ -165,10 +180,15 @@ def test_many_rows_of_a_covered_weight_take_this_route(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("dtype", "group", "zero", "bias"),
-    [("bf16", 128, "*u8", False), ("fp16", 64, "*fp16", True), ("bf16", 1 << 30, "*u8", True)],
+    ("dtype", "group", "zero", "table", "bias"),
+    [
+        ("bf16", 128, "*u8", False, False),
+        ("fp16", 64, "*fp16", False, True),
+        ("bf16", 1 << 30, "*u8", False, True),
+        ("bf16", 64, "*fp32", True, False),
+    ],
 )
-def test_compiled_code(dtype: str, group: int, zero: str, bias: bool) -> None:
+def test_compiled_code(dtype: str, group: int, zero: str, table: bool, bias: bool) -> None:
     """No spills; products that are not made to wait for each other; decoding beside products in flight; and no
     operand written again while a product may be reading it."""
     of_x, of_words, of_y = wide_hopper_launch.layouts()
@@ -176,7 +196,8 @@ def test_compiled_code(dtype: str, group: int, zero: str, bias: bool) -> None:
         "x_desc": f"tensordesc<{dtype}[{BM}, {BK}],{of_x!r}>",
         "w_desc": f"tensordesc<i32[{BN}, {BK // 8}],{of_words!r}>",
         "y_desc": f"tensordesc<{dtype}[{BM}, {BN // 2}],{of_y!r}>",
-        "scale_ptr": "*fp16",
+        "scale_ptr": "*fp32" if table else "*fp16",
+        "lut_ptr": "*fp32",
         "zero_ptr": zero,
         "bias_ptr": f"*{dtype}",
     }
@@ -187,6 +208,7 @@ def test_compiled_code(dtype: str, group: int, zero: str, bias: bool) -> None:
         "BK": BK,
         "STAGES": wide_hopper_launch.STAGES,
         "TOGETHER": wide_hopper_launch.TOGETHER,
+        "HAS_TABLE": table,
         "HAS_BIAS": bias,
     }
     target = GPUTarget("cuda", 90, 32)
