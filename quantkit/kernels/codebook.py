@@ -3,6 +3,7 @@
     M = 1                               `gemv_kernel`, where it covers the weight
     M = 2 .. 4 (blocks of 64)           `few_rows_kernel`, likewise
     M <= codebook_tuning.FUSED_ROWS     `codebook_gemm_kernel` / `codebook_gemm_wide_kernel`
+    hundreds                            `wide_hopper_kernel` on sm_90, where it is faster
     larger                              slices of W dequantized, multiplied by the vendor's BLAS
 
 and the same two routes for dx = dy @ W (`codebook_backward_kernel`).

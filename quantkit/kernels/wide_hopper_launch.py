@@ -32,6 +32,8 @@ DEQUANTIZED_PER_WAVE = 12300
 _WHOLE_ROW = 1 << 30
 
 _refused = False
+#: (device, dtypes, alignment, constants) -> the compiled kernel.
+_compiled: dict[tuple[Any, ...], Any] = {}
 log = logging.getLogger(__name__)
 
 
@@ -134,29 +136,31 @@ def launch_wide(x: Tensor, weight: Wide, bias: Tensor | None, units: int) -> Ten
     out = x.new_empty((m, n))
     words = codes.view(torch.int32)
     of_x, of_words, of_y = layouts()
-    wide_hopper_kernel[(min(units, cdiv(n, BN) * cdiv(m, BM)),)](
+    grid = (min(units, cdiv(n, BN) * cdiv(m, BM)), 1, 1)
+    scale, zero, lut = weight.scale, weight.zero, weight.lut
+    pointers = (
+        scale,
+        zero if zero is not None else scale,
+        lut if lut is not None else scale,
+        bias if bias is not None else x,
+    )
+    arguments = (
         TensorDescriptor(x, [m, k], [x.stride(0), 1], [BM, BK], of_x),
         TensorDescriptor(words, [n, k // 8], [words.stride(0), 1], [BN, BK // 8], of_words),
         TensorDescriptor(out, [m, n], [n, 1], [BM, BN // 2], of_y),
-        weight.scale,
-        weight.zero if weight.zero is not None else weight.scale,
-        weight.lut if weight.lut is not None else weight.scale,
-        bias if bias is not None else x,
+        *pointers,
         m,
         n,
         k,
-        weight.scale.shape[1],
-        GROUP=weight.group or _WHOLE_ROW,
-        BN=BN,
-        BM=BM,
-        BK=BK,
-        STAGES=STAGES,
-        TOGETHER=TOGETHER,
-        HAS_TABLE=weight.lut is not None,
-        HAS_BIAS=bias is not None,
-        num_warps=4,
-        maxnreg=REGISTERS,
+        scale.shape[1],
     )
+    constants = (weight.group or _WHOLE_ROW, BN, BM, BK, STAGES, TOGETHER, lut is not None, bias is not None)
+    # What Triton compiles for: looking it up there takes longer than some products (`launch.launch`).
+    key = (x.device, x.dtype, constants, *[(p.dtype, p.data_ptr() & 15 == 0) for p in pointers])
+    if (found := _compiled.get(key)) is not None:
+        found[grid](*arguments, *constants)
+    else:
+        _compiled[key] = wide_hopper_kernel[grid](*arguments, *constants, num_warps=4, maxnreg=REGISTERS)
     return out
 
 

@@ -75,6 +75,18 @@ GROUPS_OF_64 = [
     (8192, 8192, 2048, 424.9, 442.1),
     (28672, 8192, 2048, 1537.0, 1626.0),
 ]
+NF4_BLOCKS_OF_64 = [
+    (4096, 4096, 512, 50.8, 42.0),
+    (4096, 4096, 1024, 52.7, 61.9),
+    (4096, 4096, 2048, 110.3, 109.1),
+    (14336, 4096, 512, 106.9, 152.1),
+    (14336, 4096, 1024, 235.0, 229.1),
+    (8192, 8192, 256, 101.9, 129.0),
+    (8192, 8192, 1024, 229.2, 261.7),
+    (8192, 8192, 2048, 482.8, 469.9),
+    (28672, 8192, 1024, 834.7, 980.4),
+    (28672, 8192, 2048, 1717.2, 1653.6),
+]
 FLOAT_ZEROS = [
     (4096, 4096, 1024, 56.1, 60.7),
     (4096, 4096, 2048, 115.6, 106.7),
@@ -88,8 +100,14 @@ FLOAT_ZEROS = [
 
 def test_the_rule_chooses_what_was_measured_to_be_faster() -> None:
     float_zeros = packed(group=64, zero=torch.zeros(256, 8, dtype=torch.float16))
-    tables = ((GROUPS_OF_128, packed()), (GROUPS_OF_64, packed(group=64)), (FLOAT_ZEROS, float_zeros))
+    tables = (
+        (GROUPS_OF_128, packed()),
+        (GROUPS_OF_64, packed(group=64)),
+        (FLOAT_ZEROS, float_zeros),
+        (NF4_BLOCKS_OF_64, nf4(256, 512)),
+    )
     for table, weight in tables:
+        assert weight is not None
         for n, k, m, fused, blas in table:
             assert faster(m, n, decoding_cost(weight), 132) == (fused < blas), (n, k, m, weight.group)
 
