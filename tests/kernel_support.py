@@ -13,13 +13,18 @@ def compiled(
     import triton
     from triton.compiler import ASTSource
 
+    source = ASTSource
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as source
+
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
         signature[name] = "constexpr" if name in constants else types.get(name, "i32")
-        if name not in constants and name != "M":
+        described = signature[name].startswith("tensordesc")
+        if name not in constants and name != "M" and not described:
             attributes[(i,)] = [["tt.divisibility", 16]]
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    return triton.compile(ASTSource(kernel, signature, values, attributes), target=target, options=options)
+    return triton.compile(source(kernel, signature, values, attributes), target=target, options=options)
 
 
 def longest_loop(ptx: str) -> str:

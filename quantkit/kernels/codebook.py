@@ -3,6 +3,7 @@
     M = 1                               `gemv_kernel`, where it covers the weight
     M = 2 .. 4 (blocks of 64)           `few_rows_kernel`, likewise
     M <= codebook_tuning.FUSED_ROWS     `codebook_gemm_kernel` / `codebook_gemm_wide_kernel`
+    hundreds                            `wide_hopper_kernel` on sm_90, where it is faster
     larger                              slices of W dequantized, multiplied by the vendor's BLAS
 
 and the same two routes for dx = dy @ W (`codebook_backward_kernel`).
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.kernels import codebook_tuning, few_rows_launch, sliced, tuning
+from quantkit.kernels import codebook_tuning, few_rows_launch, sliced, tuning, wide_hopper_launch
 from quantkit.kernels.affine_launch import sum_splits
 from quantkit.kernels.codebook_backward import codebook_backward_kernel
 from quantkit.kernels.codebook_dequantize import (
@@ -61,7 +62,9 @@ def codebook_linear(
             def fill(out: Tensor, row: int, column: int) -> None:
                 launch_dequantize(codes, scale, lut, k, block_size, out, row, column)
 
-            out = sliced.linear(rows, out_features, bias, fill)
+            fit = wide_hopper_launch.codebook(codes, scale, lut, out_features, k, block_size)
+            wide = wide_hopper_launch.multiply(rows, fit, bias)
+            out = wide if wide is not None else sliced.linear(rows, out_features, bias, fill)
         else:
             few = few_rows_launch.multiply(
                 rows, codes, scale, None, lut, bias, None, CODEBOOK.value, out_features, block_size
