@@ -50,7 +50,7 @@ CONFIGS: dict[int, list[tuple[int, list[FewRowsConfig]]]] = {
 }
 #: From this K on, one row of three bits is faster here than through `gemv_kernel`.
 ONE_ROW_INPUTS = 8192
-#: Columns of an mma: rows of x times the groups of a step of 128 inputs.
+#: Columns of an mma: rows of x times the groups of a block.
 COLUMNS = 8
 _HALVES = (torch.float16, torch.bfloat16)
 
