@@ -16,10 +16,9 @@ from multiprocessing import get_context
 
 import torch
 
-from quantkit.encoding import Codebook, Float8, PackedWeight, dequantize
-from quantkit.kernels import launch, ops, sliced, wide_hopper_launch
+from quantkit.encoding import Float8, dequantize
+from quantkit.kernels import launch, launch_weight, ops, sliced, wide_hopper_launch
 from quantkit.kernels.bench_cases import random_weight
-from quantkit.kernels.wide_hopper_launch import Wide
 from quantkit.kernels.wide_hopper_plan import cut, plan
 
 #: Groups of a step, of a turn (two steps), longer, of a row; float zeros; tails of N; odd numbers of steps.
@@ -38,32 +37,18 @@ PLANS = (
 LIMITS = {torch.bfloat16: 2e-3, torch.float16: 2.5e-4}
 
 
-def wide(packed: PackedWeight) -> Wide | None:
-    enc = packed.encoding
-    if isinstance(enc, Codebook):
-        assert packed.lut is not None
-        return wide_hopper_launch.codebook(
-            packed.codes, packed.scale, packed.lut, *packed.shape, enc.block_size
-        )
-    if isinstance(enc, Float8):
-        return wide_hopper_launch.float8(packed.codes, packed.scale, *enc.block)
-    assert packed.zero is not None
-    group = enc.group_size if packed.scale.shape[1] > 1 else 0
-    return wide_hopper_launch.affine(packed.codes, packed.scale, packed.zero, None, enc.bits, group)
-
-
 def check(form: str, n: int, k: int, dtype: torch.dtype) -> str:
     """One weight by every plan; what went wrong or the worst error."""
     device = torch.device("cuda")
     packed, units, worst = random_weight(form, n, k, device), sliced.multiprocessors(device), 0.0
     if form.startswith("affine-8"):  # the scale's dtype chooses the arithmetic
         packed = replace(packed, scale=packed.scale.to(dtype))
-    weight, dense = wide(packed), dequantize(packed, dtype)
+    weight, dense = launch_weight.of(packed), dequantize(packed, dtype)
     # Scales of whole rows of float8 are left to the sums: W itself is not rounded.
     row_scales = isinstance(packed.encoding, Float8) and packed.encoding.block[1] >= k
     exact = dequantize(packed, torch.float64) if row_scales else dense.double()
     eye = torch.eye(k, device=device, dtype=dtype)
-    assert weight is not None and wide_hopper_launch.covers(eye, weight), "not covered"
+    assert wide_hopper_launch.covers(eye, weight), "not covered"
     through = wide_hopper_launch.launch_wide(eye, weight, None, plan(k, n, k, units))
     assert torch.equal(through.T, dense), "W differs"
     for rows, high, parts in PLANS:
@@ -93,7 +78,7 @@ def check_op() -> None:
     assert packed.zero is not None
     x = torch.randn(2, 512, 4096, device="cuda", dtype=torch.float16)
     through = ops.affine_linear(x, packed.codes, packed.scale, packed.zero, None, None, 4, 128, None)
-    direct = wide_hopper_launch.multiply(x.view(1024, 4096), wide(packed), None)
+    direct = wide_hopper_launch.multiply(x.view(1024, 4096), launch_weight.of(packed), None)
     assert direct is not None and torch.equal(through.view(1024, 4096), direct)
 
 

@@ -15,7 +15,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantkit.kernels import few_rows_launch, sliced, ternary, tuning, wide_hopper_launch, wide_hopper_plan
+from quantkit.kernels import (
+    few_rows_launch,
+    launch_weight,
+    sliced,
+    ternary,
+    tuning,
+    wide_hopper_launch,
+    wide_hopper_plan,
+)
 from quantkit.kernels.affine_launch import (
     FLOATS,
     AffineWeight,
@@ -24,7 +32,6 @@ from quantkit.kernels.affine_launch import (
     launch_dequantize,
     launch_gemm,
 )
-from quantkit.kernels.gemv_launch import kind_of
 from quantkit.kernels.launch import device_of
 
 
@@ -44,25 +51,24 @@ def affine_linear(
         return NotImplemented
     k, n = x.shape[-1], codes.shape[0]
     rows = x.reshape(-1, k)
-    weight = AffineWeight(codes, scale, zero, perm, bits, group_size)
     if activation is not None:
+        weight = AffineWeight(codes, scale, zero, perm, bits, group_size)
         if not ternary.covers(weight, activation):
             return NotImplemented
         with device_of(x):
             return ternary.int8_linear(rows, weight, bias).view(*x.shape[:-1], n)
     with device_of(x):
-        m = rows.shape[0]
-        out = None
-        if m > wide_hopper_plan.LEAST_ROWS:
-            fit = wide_hopper_launch.affine(codes, scale, zero, perm, bits, weight.group)
-            out = wide_hopper_launch.multiply(rows, fit, bias)
-        if out is None and m > (tuning.FUSED_ROWS_3BIT if bits == 3 else tuning.FUSED_ROWS):
-            out = _sliced_linear(rows, weight, bias)
+        m, out = rows.shape[0], None
+        own = wide_hopper_launch if m > wide_hopper_plan.LEAST_ROWS else few_rows_launch
+        if bits in own.AFFINE_BITS:
+            fit = launch_weight.affine(codes, scale, zero, perm, n, bits, group_size)
+            out = own.multiply(rows, fit, bias)
         if out is None:
-            kind, group = kind_of(bits), weight.group
-            out = few_rows_launch.multiply(rows, codes, scale, zero, None, bias, perm, kind, n, group)
-        if out is None:
-            out = launch_gemm(rows, weight, bias, tuning.gemm_config(m, n, k, bits))
+            weight = AffineWeight(codes, scale, zero, perm, bits, group_size)
+            if m > (tuning.FUSED_ROWS_3BIT if bits == 3 else tuning.FUSED_ROWS):
+                out = _sliced_linear(rows, weight, bias)
+            else:
+                out = launch_gemm(rows, weight, bias, tuning.gemm_config(m, n, k, bits))
     return out.view(*x.shape[:-1], n)
 
 

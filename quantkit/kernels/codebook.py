@@ -22,6 +22,7 @@ from torch import Tensor
 from quantkit.kernels import (
     codebook_tuning,
     few_rows_launch,
+    launch_weight,
     sliced,
     tuning,
     wide_hopper_launch,
@@ -35,7 +36,6 @@ from quantkit.kernels.codebook_dequantize import (
 )
 from quantkit.kernels.codebook_gemm import codebook_gemm_kernel, codebook_gemm_wide_kernel
 from quantkit.kernels.codebook_tuning import Config
-from quantkit.kernels.gemv import CODEBOOK
 from quantkit.kernels.launch import (
     DOT_TYPES,
     cdiv,
@@ -63,26 +63,34 @@ def codebook_linear(
         return NotImplemented
     k = x.shape[-1]
     rows = x.reshape(-1, k)
+    with device_of(x):
+        m = rows.shape[0]
+        fit = launch_weight.codebook(codes, scale, lut, out_features, block_size)
+        own = wide_hopper_launch if m > wide_hopper_plan.LEAST_ROWS else few_rows_launch
+        out = own.multiply(rows, fit, bias)
+        if out is None and m > codebook_tuning.FUSED_ROWS:
+            out = _sliced_linear(rows, codes, scale, lut, bias, out_features, block_size)
+        elif out is None:
+            config = codebook_tuning.config(m, out_features, large_shared_memory(), k)
+            out = launch_gemm(rows, codes, scale, lut, bias, out_features, block_size, config)
+    return out.view(*x.shape[:-1], out_features)
+
+
+def _sliced_linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    lut: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    block_size: int,
+) -> Tensor:
+    k = x.shape[1]
 
     def fill(out: Tensor, row: int, column: int) -> None:
         launch_dequantize(codes, scale, lut, k, block_size, out, row, column)
 
-    with device_of(x):
-        m = rows.shape[0]
-        out = None
-        if m > wide_hopper_plan.LEAST_ROWS:
-            fit = wide_hopper_launch.codebook(codes, scale, lut, out_features, k, block_size)
-            out = wide_hopper_launch.multiply(rows, fit, bias)
-        if out is None and m > codebook_tuning.FUSED_ROWS:
-            out = sliced.linear(rows, out_features, bias, fill)
-        if out is None:
-            out = few_rows_launch.multiply(
-                rows, codes, scale, None, lut, bias, None, CODEBOOK.value, out_features, block_size
-            )
-        if out is None:
-            config = codebook_tuning.config(m, out_features, large_shared_memory(), k)
-            out = launch_gemm(rows, codes, scale, lut, bias, out_features, block_size, config)
-    return out.view(*x.shape[:-1], out_features)
+    return sliced.linear(x, out_features, bias, fill)
 
 
 def launch_gemm(

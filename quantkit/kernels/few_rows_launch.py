@@ -10,7 +10,8 @@ from torch import Tensor
 
 from quantkit.kernels import gemv_launch, launch
 from quantkit.kernels.few_rows import few_rows_kernel
-from quantkit.kernels.gemv import AFFINE3, AFFINE4, CODEBOOK
+from quantkit.kernels.gemv_launch import KINDS
+from quantkit.kernels.launch_weight import Kind, LaunchWeight
 
 
 @dataclass(frozen=True)
@@ -24,23 +25,25 @@ class FewRowsConfig:
     unit: int = 32
 
 
+#: Affine codes that this kernel or `gemv_kernel` decodes.
+AFFINE_BITS = (3, 4)
 _WIDEST = 1 << 31
 #: kind -> (largest N, tiles, the fastest first), by measurement (docs/benchmarks/kernels-h100.md).
-CONFIGS: dict[int, list[tuple[int, list[FewRowsConfig]]]] = {
-    CODEBOOK.value: [
+CONFIGS: dict[Kind, list[tuple[int, list[FewRowsConfig]]]] = {
+    "codebook": [
         (4096, [FewRowsConfig(8, 1, 1)]),
         (8192, [FewRowsConfig(4, 1, 2)]),
         (12288, [FewRowsConfig(4, 1, 1)]),
         (_WIDEST, [FewRowsConfig(4, 2, 1)]),
     ],
-    AFFINE4.value: [
+    "affine4": [
         (8191, []),  # `affine_gemm` is as fast there
         (8192, [FewRowsConfig(8, 1, 1)]),
         (12288, [FewRowsConfig(4, 1, 2)]),
         (16384, [FewRowsConfig(4, 1, 1)]),
         (_WIDEST, [FewRowsConfig(2, 2, 2)]),
     ],
-    AFFINE3.value: [
+    "affine3": [
         (4096, [FewRowsConfig(8, 2, 1, 64), FewRowsConfig(8, 1, 2)]),
         (6144, [FewRowsConfig(8, 1, 1, 64), FewRowsConfig(4, 2, 2)]),
         (8192, [FewRowsConfig(8, 2, 1, 64), FewRowsConfig(4, 2, 2)]),
@@ -55,13 +58,13 @@ COLUMNS = 8
 _HALVES = (torch.float16, torch.bfloat16)
 
 
-def tiles(kind: int, n: int) -> list[FewRowsConfig]:
+def tiles(kind: Kind, n: int) -> list[FewRowsConfig]:
     """Tiles for a weight of n rows, the fastest first."""
     return next(found for most, found in CONFIGS[kind] if n <= most)
 
 
 @cache
-def _tile(kind: int, m: int, n: int, k: int, group: int) -> FewRowsConfig | None:
+def _tile(kind: Kind, m: int, n: int, k: int, group: int) -> FewRowsConfig | None:
     """The tile for `x [m, k]` and a weight `[n, k]`; None where rows are left over, groups and blocks do not fit."""
     for tile in tiles(kind, n):
         block = 4 * tile.unit
@@ -70,51 +73,41 @@ def _tile(kind: int, m: int, n: int, k: int, group: int) -> FewRowsConfig | None
         whole = fits and columns <= 4 and m * columns <= COLUMNS and k % tile.unit == 0
         if group:  # groups of a row come in whole blocks
             whole = whole and k % group == 0 and k // group % columns == 0
-        if kind == AFFINE4.value and columns == 1:
+        if kind == "affine4" and columns == 1:
             whole = False  # `affine_gemm` is as fast, with more rows faster
         if whole and n % (16 * tile.tiles) == 0:
             return tile
     return None
 
 
-def tile_for(x: Tensor, codes: Tensor, kind: int | None, n: int, group: int) -> FewRowsConfig | None:
+def tile_for(x: Tensor, weight: LaunchWeight) -> FewRowsConfig | None:
     """The tile with which the kernel multiplies `x [M, K]`, or None: it does not cover this product.
 
     It covers two to eight rows (at most four in groups of half a block, two of a quarter), and one row of a wide
-    weight of three bits; float16 or bfloat16 at aligned addresses, on NVIDIA; weights as `_tile` says. `group` is 0
-    for one group per row.
+    weight of three bits; float16 or bfloat16 at aligned addresses, on NVIDIA; weights as `_tile` says.
     """
-    if kind is None or x.shape[0] > COLUMNS or x.dtype not in _HALVES or not launch.has_ptx():
+    (m, k), kind, codes = x.shape, weight.kind, weight.codes
+    if m == 1 and (kind != "affine3" or k < ONE_ROW_INPUTS):
         return None
-    if x.shape[0] == 1 and (kind != AFFINE3.value or x.shape[1] < ONE_ROW_INPUTS):
+    if m > COLUMNS or kind not in KINDS or x.dtype not in _HALVES or not launch.has_ptx():
         return None
-    aligned = (x.data_ptr() | codes.data_ptr()) % 16 == 0 and (x.shape[0] == 1 or x.stride(0) % 8 == 0)
-    if codes.dim() == 2:  # rows of their own; a codebook's follow one another
+    aligned = (x.data_ptr() | codes.data_ptr()) % 16 == 0 and (m == 1 or x.stride(0) % 8 == 0)
+    if kind != "codebook":  # rows of their own; a codebook's follow one another
         aligned = aligned and codes.stride(0) % 16 == 0
-    return _tile(kind, x.shape[0], n, x.shape[1], group) if aligned and x.stride(1) == 1 else None
+    return _tile(kind, m, weight.n, k, weight.group) if aligned and x.stride(1) == 1 else None
 
 
 def launch_few_rows(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    lut: Tensor | None,
-    bias: Tensor | None,
-    kind: int,
-    n: int,
-    group: int,
-    tile: FewRowsConfig,
-    asm: bool = True,
+    x: Tensor, weight: LaunchWeight, bias: Tensor | None, tile: FewRowsConfig, asm: bool = True
 ) -> Tensor:
-    """`x [M, K]` times the weight `[n, K]` plus `bias [n]`: `[M, n]` in the dtype of x.
+    """`x [M, K]`, its columns in the weight's order, times W plus `bias [N]`: `[M, N]` in the dtype of x.
 
-    `codes`, `scale`, `zero` and `lut` as in `quantkit.encoding`; `group` is 0 for one group per row. `asm=False`
-    runs on portable loads and products.
+    `asm=False` runs on portable loads and products.
     """
+    kind, n, group, codes, scale, zero, lut, _, _ = weight
     m, k = x.shape
     out = x.new_empty((m, n))
-    row_bytes = codes.stride(0) if codes.dim() == 2 else k // 2
+    row_bytes = codes.stride(0) if kind != "codebook" else k // 2
     launch.launch(
         few_rows_kernel,
         (n // (16 * tile.tiles),),
@@ -132,7 +125,7 @@ def launch_few_rows(
         k // 4,  # where three bits' plane of top bits begins
         k // group if group else 1,
         x.stride(0),
-        KIND=kind,
+        KIND=KINDS[kind],
         KS=tile.steps,
         R=tile.tiles,
         H=tile.blocks,
@@ -148,26 +141,15 @@ def launch_few_rows(
     return out
 
 
-def multiply(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    lut: Tensor | None,
-    bias: Tensor | None,
-    perm: Tensor | None,
-    kind: int | None,
-    n: int,
-    group: int,
-) -> Tensor | None:
-    """`x [M, K]`, its columns in the order `perm`, times W: `[M, n]`; None where neither kernel covers the product."""
-    few = tile_for(x, codes, kind, n, group)
-    one = gemv_launch.tile_for(x, codes, kind, n, group) if few is None else None
-    if (one is None and few is None) or kind is None:
+def multiply(x: Tensor, weight: LaunchWeight, bias: Tensor | None) -> Tensor | None:
+    """`x [M, K]` times the weight plus `bias [N]`: `[M, N]`; None where neither kernel covers the product."""
+    few = tile_for(x, weight)
+    one = gemv_launch.tile_for(x, weight) if few is None else None
+    if one is None and few is None:
         return None
-    if perm is not None:
-        x = x.index_select(1, perm)
+    if weight.perm is not None:
+        x = x.index_select(1, weight.perm)
     if few is not None:
-        return launch_few_rows(x, codes, scale, zero, lut, bias, kind, n, group, few)
+        return launch_few_rows(x, weight, bias, few)
     assert one is not None
-    return gemv_launch.launch_gemv(x, codes, scale, zero, lut, bias, kind, n, group, one)
+    return gemv_launch.launch_gemv(x, weight, bias, one)

@@ -20,7 +20,14 @@ import torch
 import triton
 from torch import Tensor
 
-from quantkit.kernels import float8_tuning, sliced, tuning, wide_hopper_launch, wide_hopper_plan
+from quantkit.kernels import (
+    float8_tuning,
+    launch_weight,
+    sliced,
+    tuning,
+    wide_hopper_launch,
+    wide_hopper_plan,
+)
 from quantkit.kernels.affine_launch import sum_splits
 from quantkit.kernels.float8_activation import round_rows_kernel
 from quantkit.kernels.float8_backward import float8_backward_kernel
@@ -101,7 +108,7 @@ def _weight_only(
 ) -> Tensor:
     (m, k), n = x.shape, codes.shape[0]
     if m > wide_hopper_plan.LEAST_ROWS:
-        fit = wide_hopper_launch.float8(codes, scale, block_n, block_k)
+        fit = launch_weight.float8(codes, scale, block_n, block_k)
         if (out := wide_hopper_launch.multiply(x, fit, bias)) is not None:
             return out
     if m <= float8_tuning.FUSED_ROWS:

@@ -69,19 +69,11 @@ def tune(
 
 def _has_own_kernel(packed: PackedWeight, m: int, dtype: torch.dtype) -> bool:
     """Do the kernels without shared memory serve m rows of x by this weight?"""
-    from quantkit.kernels import few_rows_launch, gemv_launch
-    from quantkit.kernels.affine_launch import AffineWeight
-    from quantkit.kernels.gemv import CODEBOOK
+    from quantkit.kernels import few_rows_launch, gemv_launch, launch_weight
 
-    enc, (n, k), codes = packed.encoding, packed.shape, packed.codes
-    x = torch.empty(m, k, dtype=dtype, device=codes.device)
+    x = torch.empty(m, packed.shape[1], dtype=dtype, device=packed.codes.device)
     covers = (gemv_launch if m == 1 else few_rows_launch).tile_for
-    if isinstance(enc, Codebook):
-        return covers(x, codes, CODEBOOK.value, n, enc.block_size) is not None
-    if not isinstance(enc, Affine):
-        return False
-    weight = AffineWeight(codes, packed.scale, packed.zero, None, enc.bits, enc.group_size)  # type: ignore[arg-type]
-    return covers(x, codes, gemv_launch.kind_of(enc.bits), n, weight.group) is not None
+    return covers(x, launch_weight.of(packed)) is not None
 
 
 def _one(

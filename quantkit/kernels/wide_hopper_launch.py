@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from quantkit.kernels import launch as device
 from quantkit.kernels import sliced
 from quantkit.kernels.launch import cdiv
+from quantkit.kernels.launch_weight import Kind, LaunchWeight
 from quantkit.kernels.wide_hopper_parts import sum_parts_kernel
 from quantkit.kernels.wide_hopper_plan import BK, BN, TILES, Plan, choose
 
@@ -26,8 +27,10 @@ TOGETHER = 8
 REGISTERS, OF_PRODUCTS = 168, 240
 #: Rows of y that a program of the second pass adds up.
 ROWS_OF_SUMS = 16
-#: Kinds beside the bits of affine weights, as in `wide_hopper_decode` (which imports Gluon).
-TABLE_4, FLOAT8 = 0, 1
+#: The decodings of `wide_hopper_kernel`: its `KIND`, as `wide_hopper_decode` (which imports Gluon) names them.
+KINDS: dict[Kind, int] = {"codebook": 0, "float8": 1, "affine4": 4, "affine8": 8}
+#: Of affine codes among them.
+AFFINE_BITS = (4, 8)
 
 _refused = False
 #: (device, dtypes, alignment, constants) -> the compiled kernel.
@@ -35,46 +38,13 @@ _compiled: dict[tuple[Any, ...], Any] = {}
 log = logging.getLogger(__name__)
 
 
-class Wide(NamedTuple):
-    """A weight as the kernel takes it."""
-
-    kind: int  # of `wide_hopper_decode`
-    codes: Tensor  # uint8 [N, bytes of K]
-    scale: Tensor  # [N / scale_rows, groups]
-    zero: Tensor | None  # [N, groups] of an affine weight
-    lut: Tensor | None  # float32 [16] of a codebook
-    perm: Tensor | None
-    group: int  # 0 for one per row
-    scale_rows: int = 1
-
-
-def affine(
-    codes: Tensor, scale: Tensor, zero: Tensor, perm: Tensor | None, bits: int, group: int
-) -> Wide | None:
-    """The affine weight with codes `[N, bytes of K]` and groups of `group` inputs (0: one per row)."""
-    return Wide(bits, codes, scale, zero, None, perm, group) if bits in (4, 8) else None
-
-
-def codebook(codes: Tensor, scale: Tensor, lut: Tensor, n: int, k: int, block: int) -> Wide | None:
-    """The codebook weight `[n, k]`, whose codes and scales are flat; None where rows share bytes or blocks."""
-    if k % block or k % 2 or lut.dtype != torch.float32 or lut.numel() != 16:
-        return None
-    return Wide(TABLE_4, codes.view(n, k // 2), scale.view(n, k // block), None, lut, None, block)
-
-
-def float8(codes: Tensor, scale: Tensor, block_n: int, block_k: int) -> Wide:
-    """The float8 weight `codes [N, K]` with a scale for each block of `[block_n, block_k]`."""
-    group = block_k if block_k < codes.shape[1] else 0
-    return Wide(FLOAT8, codes, scale, None, None, None, group, block_n)
-
-
-def multiply(x: Tensor, weight: Wide | None, bias: Tensor | None) -> Tensor | None:
+def multiply(x: Tensor, weight: LaunchWeight, bias: Tensor | None) -> Tensor | None:
     """`x [M, K]` times the weight plus bias `[N]`: `[M, N]`, or None where another route is faster or must answer."""
     global _refused
-    if _refused or weight is None or not covers(x, weight):
+    if _refused or not covers(x, weight):
         return None
     units = sliced.multiprocessors(x.device)
-    chosen = choose(x.shape[0], weight.codes.shape[0], x.shape[1], decoding_cost(weight), units)
+    chosen = choose(x.shape[0], weight.n, x.shape[1], decoding_cost(weight), units)
     if chosen is None:
         return None
     try:
@@ -92,58 +62,60 @@ def multiply(x: Tensor, weight: Wide | None, bias: Tensor | None) -> Tensor | No
         return None
 
 
-def covers(x: Tensor, weight: Wide) -> bool:
-    """Can the kernel multiply `x [M, K]` by this weight on this device? (Is it the faster way: `faster`.)
+def covers(x: Tensor, weight: LaunchWeight) -> bool:
+    """Can the kernel multiply `x [M, K]` by this weight on this device? (Is it the faster way: `choose`.)
 
-    TMA wants addresses and rows of whole 16 bytes. Recorded launches (`quantkit.kernels.aot`) have no
-    addresses at all and are not covered.
+    TMA wants addresses and rows of whole 16 bytes. Rows of a codebook must be whole blocks. Recorded launches
+    (`quantkit.kernels.aot`) have no addresses at all and are not covered.
     """
-    codes, k = weight.codes, x.shape[1]
+    codes, scale, zero, lut, k = weight.codes, weight.scale, weight.zero, weight.lut, x.shape[1]
     return (
-        x.device.type != "meta"
+        weight.kind in KINDS
+        and x.device.type != "meta"
         and device.target() == ("cuda", 90)
         and x.dtype in (torch.float16, torch.bfloat16)
         and weight.group % BK == 0
         and k % BK == 0
-        and codes.shape[0] % 8 == 0
+        and weight.n % 8 == 0
         and codes.is_contiguous()
-        and (weight.kind != FLOAT8 or weight.scale.dtype == torch.float32)
+        and (weight.kind != "float8" or scale.dtype == torch.float32)
         and codes.data_ptr() % 16 == 0
-        and weight.scale.is_contiguous()
-        and (weight.zero is None or weight.zero.is_contiguous())
-        and weight.scale.numel() < 2**31
+        and scale.is_contiguous()
+        and (zero is None or zero.is_contiguous())
+        and (lut is None or (k % weight.group == 0 and lut.dtype == torch.float32 and lut.numel() == 16))
+        and scale.numel() < 2**31
     )
 
 
-def decoding_cost(weight: Wide) -> float:
+def decoding_cost(weight: LaunchWeight) -> float:
     """Time of a tile of this weight over one of 4 bits, integer zeros, groups of 128 (M = 256 to 2048)."""
-    if weight.kind == FLOAT8:
+    if weight.kind == "float8":
         return 1.0
     if weight.zero is not None and (weight.zero.is_floating_point() or weight.scale.dtype == torch.float32):
         return 1.2
-    return 1.0 if weight.kind == 4 and weight.group % (2 * BK) == 0 else 1.1
+    return 1.0 if weight.kind == "affine4" and weight.group % (2 * BK) == 0 else 1.1
 
 
-def launch_wide(x: Tensor, weight: Wide, bias: Tensor | None, chosen: Plan) -> Tensor:
+def launch_wide(x: Tensor, weight: LaunchWeight, bias: Tensor | None, chosen: Plan) -> Tensor:
     """The launch for a weight that `covers` says yes to: `[M, N]` in the dtype of `x`."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     from quantkit.kernels.wide_hopper import wide_hopper_kernel
 
-    if weight.perm is not None:
-        x = x.index_select(1, weight.perm)
+    kind, n, group, codes, scale, zero, lut, perm, scale_rows = weight
+    if perm is not None:
+        x = x.index_select(1, perm)
     elif x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
         x = x.contiguous() if not x.is_contiguous() else x.clone()
-    (m, k), n, codes = x.shape, weight.codes.shape[0], weight.codes
+    m, k = x.shape
     out = x.new_empty((m, n))
     words = codes.view(torch.int32)
-    of_x, of_words, of_y = layouts(weight.kind)
-    width = words.shape[1] * BK // k
+    of_x, of_words, of_y = layouts(kind)
+    row, width = k * bits(kind) // 32, BK * bits(kind) // 32  # words of K inputs, of a step
     bm, whole, parts, each, units, _ = chosen
     cut = cdiv(n, BN) * cdiv(m, bm) - whole
     grid = (min(units, whole + cut * parts), 1, 1)
     sums = x.new_empty((cut, parts, bm, BN), dtype=torch.float32) if cut else out
-    scale, zero, lut = weight.scale, weight.zero, weight.lut
     pointers = (
         scale,
         zero if zero is not None else scale,
@@ -153,26 +125,26 @@ def launch_wide(x: Tensor, weight: Wide, bias: Tensor | None, chosen: Plan) -> T
     )
     arguments = (
         TensorDescriptor(x, [m, k], [x.stride(0), 1], [bm, BK], of_x),
-        TensorDescriptor(words, [n, words.shape[1]], [words.stride(0), 1], [BN, width], of_words),
+        TensorDescriptor(words, [n, row], [row, 1], [BN, width], of_words),
         TensorDescriptor(out, [m, n], [n, 1], [bm, BN // 2], of_y),
         *pointers,
         m,
         n,
         k,
-        scale.shape[1],
-        weight.scale_rows,
+        cdiv(k, group) if group else 1,
+        scale_rows,
         whole,
         parts,
         each,
     )
     constants = (
-        weight.group,
+        group,
         BN,
         bm,
         BK,
         TILES[bm].stages,
         TOGETHER,
-        weight.kind,
+        KINDS[kind],
         bias is not None,
         OF_PRODUCTS,
     )
@@ -208,10 +180,15 @@ def sum_parts(sums: Tensor, bias: Tensor | None, out: Tensor, whole: int) -> Non
     )
 
 
+def bits(kind: Kind) -> int:
+    """Of a code."""
+    return 4 if kind in ("affine4", "codebook") else 8
+
+
 @cache
-def layouts(kind: int) -> tuple[Any, Any, Any]:
+def layouts(kind: Kind) -> tuple[Any, Any, Any]:
     """Of x, words of codes and y in shared memory: as TMA writes, `wgmma` reads and bank conflicts allow."""
     from triton.experimental.gluon.language import NVMMASharedLayout
 
-    of_words = NVMMASharedLayout(32 if kind in (4, TABLE_4) else 64, 32, 2)
+    of_words = NVMMASharedLayout(8 * bits(kind), 32, 2)
     return NVMMASharedLayout(128, 16, 2), of_words, NVMMASharedLayout(128, 16, 2)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from quantkit.algorithms import codebook as tables
-from quantkit.encoding import Affine, Codebook, Float8, PackedWeight, dequantize
+from quantkit.encoding import Codebook, Float8, PackedWeight, dequantize
 from quantkit.kernels import (
     codebook,
     codebook_tuning,
@@ -28,6 +28,7 @@ from quantkit.kernels import (
     float8,
     float8_tuning,
     gemv_launch,
+    launch_weight,
     reference,
     tuning,
 )
@@ -116,17 +117,6 @@ def codebook_cases() -> Iterator[tuple[str, float]]:
 HALVES = ((torch.float16, 1.0), (torch.bfloat16, 2.0**-7 / BOUND[torch.float16]))
 
 
-def kind_and_group(packed: PackedWeight) -> tuple[int, int]:
-    """What those kernels call the weight's decoding, and its group (0: one per row)."""
-    enc = packed.encoding
-    if isinstance(enc, Codebook):
-        return 0, enc.block_size
-    assert isinstance(enc, Affine)
-    kind = gemv_launch.kind_of(enc.bits)
-    assert kind is not None
-    return kind, enc.group_size % packed.shape[1]
-
-
 def gemv_cases() -> Iterator[tuple[str, float]]:
     """`gemv_kernel` on portable loads: each decoding, groups, a K that ends inside a step, both kinds of zeros."""
     tile = gemv_launch.GemvConfig(4, 2, 2, 4)
@@ -144,23 +134,10 @@ def gemv_cases() -> Iterator[tuple[str, float]]:
             if form.endswith("1408") and k != 1408:
                 continue
             packed = random_weight(form, n, k, device)
-            kind, group = kind_and_group(packed)
-            exact = dequantize(packed, torch.float64)
+            weight, exact = launch_weight.of(packed), dequantize(packed, torch.float64)
             for dtype, slack in HALVES:
                 x, bias = torch.randn(1, k).to(dtype), torch.randn(n).to(dtype)
-                got = gemv_launch.launch_gemv(
-                    x,
-                    packed.codes,
-                    packed.scale,
-                    packed.zero,
-                    packed.lut,
-                    bias,
-                    kind,
-                    n,
-                    group,
-                    tile,
-                    asm=False,  # type: ignore[arg-type]
-                )
+                got = gemv_launch.launch_gemv(x, weight, bias, tile, asm=False)
                 yield f"gemv {form} {n}x{k} {dtype}", error(got, x, exact.T, bias, dtype, slack)
 
 
@@ -191,8 +168,8 @@ def few_rows_cases() -> Iterator[tuple[str, float]]:
             if (form.endswith("1408") and k != 1408) or (tile.unit == 64 and "-3" not in form):
                 continue
             packed = random_weight(form, n, k, device)
-            kind, group = kind_and_group(packed)
-            exact = dequantize(packed, torch.float64)
+            weight, exact = launch_weight.of(packed), dequantize(packed, torch.float64)
+            group = weight.group
             columns = max(1, 4 * tile.unit // group) if group else 1
             if group and k // group % columns:  # a block of scales would reach into the next row: not covered
                 continue
@@ -201,17 +178,7 @@ def few_rows_cases() -> Iterator[tuple[str, float]]:
                     continue
                 for dtype, slack in HALVES:
                     x, bias = torch.randn(m, k + 8).to(dtype)[:, :k], torch.randn(n).to(dtype)
-                    packed_tensors = (packed.codes, packed.scale, packed.zero, packed.lut)
-                    got = few_rows_launch.launch_few_rows(
-                        x,
-                        *packed_tensors,
-                        bias,
-                        kind,
-                        n,
-                        group,
-                        tile,
-                        asm=False,  # type: ignore[arg-type]
-                    )
+                    got = few_rows_launch.launch_few_rows(x, weight, bias, tile, asm=False)
                     yield f"few rows {form} {m} x {n}x{k} {dtype}", error(got, x, exact.T, bias, dtype, slack)
 
 

@@ -11,9 +11,8 @@ from kernel_support import compiled, longest_loop
 pytest.importorskip("triton")
 
 from quantkit.kernels import few_rows_launch, launch
-from quantkit.kernels.gemv import AFFINE3, AFFINE4, CODEBOOK
-
-KINDS = {"codebook": CODEBOOK.value, "affine4": AFFINE4.value, "affine3": AFFINE3.value}
+from quantkit.kernels.gemv_launch import KINDS
+from quantkit.kernels.launch_weight import Kind, LaunchWeight
 
 
 @pytest.fixture
@@ -21,10 +20,14 @@ def ptx(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "target", lambda: ("cuda", 90))
 
 
-def covers(kind: str, m: int, n: int, k: int, group: int, **more: Any) -> bool:
+def weight(kind: Kind, n: int, k: int, group: int, row: int) -> LaunchWeight:
+    codes = torch.empty((n * k // 2,) if kind == "codebook" else (n, row), dtype=torch.uint8, device="meta")
+    return LaunchWeight(kind, n, group, codes, torch.empty(0, device="meta"))
+
+
+def covers(kind: Kind, m: int, n: int, k: int, group: int, **more: Any) -> bool:
     x = torch.empty(m, k + more.get("beside", 0), dtype=more.get("dtype", torch.bfloat16), device="meta")
-    codes = torch.empty(n, k // 2, dtype=torch.uint8, device="meta")
-    return few_rows_launch.tile_for(x[:, :k], codes, KINDS[kind], n, group) is not None
+    return few_rows_launch.tile_for(x[:, :k], weight(kind, n, k, group, k // 2)) is not None
 
 
 @pytest.mark.usefixtures("ptx")
@@ -45,13 +48,11 @@ def test_what_is_covered() -> None:
     assert not covers("affine4", 4, 8192, 4096, 128), "as fast through affine_gemm"
     assert not covers("codebook", 2, 4104, 4096, 64), "rows left over"
     assert not covers("affine3", 2, 4096, 4224, 96), "blocks would cross groups"
+    assert not covers("affine8", 2, 8192, 4096, 64) and not covers("float8", 1, 8192, 8192, 0), "no decoding"
     for m, unit in ((2, 64), (4, 64), (5, 32), (8, 32)):
         tile = few_rows_launch.tile_for(
             torch.empty(m, 4096, dtype=torch.float16, device="meta"),
-            torch.empty(8192, 1536, dtype=torch.uint8, device="meta"),
-            KINDS["affine3"],
-            8192,
-            128,
+            weight("affine3", 8192, 4096, 128, 1536),
         )
         assert tile is not None and tile.unit == unit, "wide units make two columns a row"
     assert not covers("codebook", 2, 4096, 4160, 64), (
@@ -79,7 +80,7 @@ def test_compiled_loop(kind: str, chip: int) -> None:
     from quantkit.kernels.few_rows import few_rows_kernel
 
     kind, _, all_rows = kind.partition(" of ")  # the tile that takes eight rows in groups of 128
-    tile = few_rows_launch.tiles(KINDS[kind], 8192)[-1 if all_rows else 0]
+    tile = few_rows_launch.tiles(kind, 8192)[-1 if all_rows else 0]
     constants = {
         "KIND": KINDS[kind], "KS": tile.steps, "R": tile.tiles, "H": tile.blocks, "U": tile.unit,
         "GROUP": 64, "EVEN_K": True, "HAS_BIAS": False, "ASM": True, "THREADS": 32 * tile.steps,

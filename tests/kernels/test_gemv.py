@@ -11,9 +11,8 @@ from kernel_support import compiled, longest_loop
 pytest.importorskip("triton")
 
 from quantkit.kernels import gemv_launch, launch
-from quantkit.kernels.gemv import AFFINE3, AFFINE4, CODEBOOK
-
-KINDS = {"codebook": CODEBOOK.value, "affine4": AFFINE4.value, "affine3": AFFINE3.value}
+from quantkit.kernels.gemv_launch import KINDS
+from quantkit.kernels.launch_weight import Kind, LaunchWeight
 
 
 @pytest.fixture
@@ -21,10 +20,12 @@ def ptx(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "target", lambda: ("cuda", 90))
 
 
-def covers(kind: str, n: int, k: int, group: int, **more: Any) -> bool:
+def covers(kind: Kind, n: int, k: int, group: int, **more: Any) -> bool:
     x = torch.empty(more.get("m", 1), k, dtype=more.get("dtype", torch.bfloat16), device="meta")
-    codes = torch.empty(n, k // 2, dtype=torch.uint8, device="meta")
-    return gemv_launch.tile_for(x, codes, KINDS[kind], n, group) is not None
+    shape = (n * k // 2,) if kind == "codebook" else (n, k // 2)
+    codes = torch.empty(shape, dtype=torch.uint8, device="meta")
+    weight = LaunchWeight(kind, n, group, codes, torch.empty(0, device="meta"))
+    return gemv_launch.tile_for(x, weight) is not None
 
 
 @pytest.mark.usefixtures("ptx")
@@ -39,6 +40,7 @@ def test_what_is_covered() -> None:
     assert not covers("codebook", 4095, 4096, 64), "rows left over"
     assert not covers("codebook", 4096, 4112, 16), "units of 32 codes would cross a block"
     assert not covers("affine4", 8192, 4100, 0)
+    assert not covers("affine8", 8192, 4096, 64) and not covers("float8", 8192, 4096, 0), "no decoding"
     assert not covers("affine3", 8192, 4128, 32), (
         "eight bytes of low codes at an address that is no multiple of 8"
     )
@@ -48,8 +50,9 @@ def test_what_is_covered() -> None:
 def test_rows_of_codes_begin_at_aligned_addresses() -> None:
     x = torch.empty(1, 4096, dtype=torch.float16, device="meta")
     wide = torch.empty(8192, 2056, dtype=torch.uint8, device="meta")
-    assert gemv_launch.tile_for(x, wide[:, :2048].contiguous(), KINDS["affine4"], 8192, 64)
-    assert gemv_launch.tile_for(x, wide[:, :2048], KINDS["affine4"], 8192, 64) is None
+    weight = LaunchWeight("affine4", 8192, 64, wide[:, :2048].contiguous(), torch.empty(0, device="meta"))
+    assert gemv_launch.tile_for(x, weight)
+    assert gemv_launch.tile_for(x, weight._replace(codes=wide[:, :2048])) is None
 
 
 def test_only_with_ptx(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +69,7 @@ def test_the_loop_has_no_barrier(kind: str, chip: int) -> None:
 
     from quantkit.kernels.gemv import gemv_kernel
 
-    tile = gemv_launch.config(KINDS[kind], 8192)
+    tile = gemv_launch.config(kind, 8192)
     constants = {
         "KIND": KINDS[kind], "BN": tile.rows, "KS": tile.steps, "R": tile.per_thread, "GROUP": 64, "EVEN_K": True,
         "HAS_BIAS": False, "ASM": True, "THREADS": 32 * tile.warps,

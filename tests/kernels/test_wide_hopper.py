@@ -15,31 +15,23 @@ pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon")
 
 from quantkit.encoding import Codebook, Float8, PackedWeight
-from quantkit.kernels import affine, codebook, float8, launch, sliced, wide_hopper_launch
+from quantkit.kernels import affine, codebook, float8, launch, launch_weight, sliced, wide_hopper_launch
 from quantkit.kernels.bench_cases import random_weight
-from quantkit.kernels.wide_hopper_launch import Wide
+from quantkit.kernels.launch_weight import LaunchWeight
 from quantkit.kernels.wide_hopper_plan import LEAST_ROWS
 
 SM_90 = mock.patch.object(launch, "target", lambda: ("cuda", 90))
 
 
-def packed(n: int = 256, k: int = 512, group: int = 128, **changed: Any) -> Wide:
-    weight = Wide(
-        4,
-        torch.zeros(n, k // 2, dtype=torch.uint8),
-        torch.ones(n, k // group, dtype=torch.float16),
-        torch.zeros(n, k // group, dtype=torch.uint8),
-        None,
-        None,
-        group if group < k else 0,
-    )
+def packed(n: int = 256, k: int = 512, group: int = 128, **changed: Any) -> LaunchWeight:
+    codes, zero = torch.zeros(n, k // 2, dtype=torch.uint8), torch.zeros(n, k // group, dtype=torch.uint8)
+    weight = launch_weight.affine(codes, zero.half() + 1, zero, None, n, 4, group)
     return weight._replace(**changed)
 
 
-def nf4(n: int, k: int, block: int = 64, **changed: Any) -> Wide | None:
+def nf4(n: int, k: int, block: int = 64, **changed: Any) -> LaunchWeight:
     codes, scale = torch.zeros(n * k // 2, dtype=torch.uint8), torch.ones(-(-n * k // block))
-    given = {"codes": codes, "scale": scale, "lut": torch.zeros(16), "n": n, "k": k, "block": block}
-    return wide_hopper_launch.codebook(**given | changed)
+    return launch_weight.codebook(codes, scale, torch.zeros(16), n, block)._replace(**changed)
 
 
 def inputs(m: int = 300, k: int = 512, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -62,20 +54,21 @@ def test_what_is_covered() -> None:
             inputs(), packed(codes=torch.zeros(256 * 256 + 8, dtype=torch.uint8)[8:].view(256, 256))
         )
         assert not covers(inputs().to("meta"), packed())
+        assert not covers(inputs(), packed(kind="affine3")), "no decoding"
     for other in (("cuda", 80), ("cuda", 100), ("hip", 0)):
         with mock.patch.object(launch, "target", lambda other=other: other):
             assert not covers(inputs(), packed())
 
 
 def test_codebooks_are_covered_where_rows_are_whole_blocks() -> None:
-    weight = nf4(256, 512)
-    assert weight is not None and weight.codes.shape == (256, 256) and weight.scale.shape == (256, 8)
+    covers = wide_hopper_launch.covers
     with SM_90:
-        assert wide_hopper_launch.covers(inputs(), weight)
-        shorter = nf4(256, 512, block=32)
-        assert shorter is not None and not wide_hopper_launch.covers(inputs(), shorter)
-    assert nf4(256, 544) is None
-    assert nf4(256, 512, lut=torch.zeros(16, dtype=torch.float16)) is None
+        assert covers(inputs(), nf4(256, 512))
+        assert not covers(inputs(), nf4(256, 512, block=32))
+        assert not covers(inputs(k=544), nf4(256, 544))
+        assert not covers(inputs(k=576), nf4(256, 576, block=128)), "blocks run on from row to row"
+        assert not covers(inputs(), nf4(256, 512, lut=torch.zeros(16, dtype=torch.float16)))
+        assert not covers(inputs(), nf4(256, 512, lut=torch.zeros(8)))
 
 
 def test_where_triton_refuses_the_other_route_answers_and_is_not_asked_again(

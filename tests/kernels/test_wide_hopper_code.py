@@ -11,39 +11,39 @@ pytest.importorskip("triton.experimental.gluon")
 
 from triton.backends.compiler import GPUTarget
 
-from quantkit.kernels import wide_hopper_launch
+from quantkit.kernels import wide_hopper_decode, wide_hopper_launch
+from quantkit.kernels.launch_weight import Kind
 from quantkit.kernels.wide_hopper import wide_hopper_kernel
-from quantkit.kernels.wide_hopper_launch import FLOAT8, TABLE_4
 from quantkit.kernels.wide_hopper_plan import BK, BN, TILES
 
 
 @pytest.mark.parametrize(
     ("rows", "kind", "dtype", "group", "scale", "zero", "bias"),
     [
-        (256, 4, "bf16", 128, "fp16", "u8", False),
-        (256, 4, "fp16", 64, "fp16", "fp16", True),
-        (256, 4, "bf16", 0, "fp16", "u8", True),
-        (256, TABLE_4, "bf16", 64, "fp32", "fp32", False),
-        (256, 8, "bf16", 128, "bf16", "u8", False),
-        (256, 8, "bf16", 64, "fp16", "u8", False),
-        (256, 8, "fp16", 64, "fp16", "fp16", True),
-        (256, FLOAT8, "bf16", 128, "fp32", "fp32", False),
-        (256, FLOAT8, "fp16", 0, "fp32", "fp32", True),
-        (16, 4, "bf16", 64, "fp16", "fp16", False),
-        (32, 8, "fp16", 128, "fp16", "u8", False),
-        (64, 4, "bf16", 128, "fp16", "u8", True),
-        (64, TABLE_4, "fp16", 64, "fp32", "fp32", False),
-        (128, FLOAT8, "bf16", 0, "fp32", "fp32", False),
-        (128, 8, "bf16", 64, "fp16", "fp16", False),
+        (256, "affine4", "bf16", 128, "fp16", "u8", False),
+        (256, "affine4", "fp16", 64, "fp16", "fp16", True),
+        (256, "affine4", "bf16", 0, "fp16", "u8", True),
+        (256, "codebook", "bf16", 64, "fp32", "fp32", False),
+        (256, "affine8", "bf16", 128, "bf16", "u8", False),
+        (256, "affine8", "bf16", 64, "fp16", "u8", False),
+        (256, "affine8", "fp16", 64, "fp16", "fp16", True),
+        (256, "float8", "bf16", 128, "fp32", "fp32", False),
+        (256, "float8", "fp16", 0, "fp32", "fp32", True),
+        (16, "affine4", "bf16", 64, "fp16", "fp16", False),
+        (32, "affine8", "fp16", 128, "fp16", "u8", False),
+        (64, "affine4", "bf16", 128, "fp16", "u8", True),
+        (64, "codebook", "fp16", 64, "fp32", "fp32", False),
+        (128, "float8", "bf16", 0, "fp32", "fp32", False),
+        (128, "affine8", "bf16", 64, "fp16", "fp16", False),
     ],
 )
 def test_compiled_code(
-    rows: int, kind: int, dtype: str, group: int, scale: str, zero: str, bias: bool
+    rows: int, kind: Kind, dtype: str, group: int, scale: str, zero: str, bias: bool
 ) -> None:
     """No spills; products that are not made to wait for each other; decoding beside products in flight; and no
     operand written again while a product may be reading it."""
     of_x, of_words, of_y = wide_hopper_launch.layouts(kind)
-    width = BK // 8 if kind in (4, TABLE_4) else BK // 4
+    width = BK * wide_hopper_launch.bits(kind) // 32
     types = {
         "x_desc": f"tensordesc<{dtype}[{rows}, {BK}],{of_x!r}>",
         "w_desc": f"tensordesc<i32[{BN}, {width}],{of_words!r}>",
@@ -61,7 +61,7 @@ def test_compiled_code(
         "BK": BK,
         "STAGES": TILES[rows].stages,
         "TOGETHER": wide_hopper_launch.TOGETHER,
-        "KIND": kind,
+        "KIND": wide_hopper_launch.KINDS[kind],
         "HAS_BIAS": bias,
         "REGISTERS": wide_hopper_launch.OF_PRODUCTS,
     }
@@ -74,7 +74,7 @@ def test_compiled_code(
     loops = product_loops(lines)
     assert len(loops) == 2  # one of each warpgroup
     # The instruction that takes a pair of codes out of its words, and how many of them a step and thread has.
-    takes = {8: "PRMT", FLOAT8: "F2FP.F16.E4M3"}.get(kind, "SHF.L.W")
+    takes = {"affine8": "PRMT", "float8": "F2FP.F16.E4M3"}.get(kind, "SHF.L.W")
     for loop in loops:
         assert sum("HGMMA" in line for line in loop) == 8
         # Serialized products have a wait of their own each: here two, one of which leaves a group in flight.
@@ -86,11 +86,25 @@ def test_compiled_code(
         # to the last wait, behind which ptxas leaves only the rounding.
         for start, stop in ((ends[0], ends[1]), (ends[1], waits[1])):
             between = loop[start:stop]
-            assert sum(line.startswith(takes) for line in between) == (48 if kind == 8 else 16)
-            if kind != FLOAT8 or group:
+            assert sum(line.startswith(takes) for line in between) == (48 if kind == "affine8" else 16)
+            if kind != "float8" or group:
                 assert sum(line.startswith(("FFMA", "FMUL")) for line in between) >= 32
         assert not overwritten_operands(loop)
         assert not any("MEMBAR" in line for line in loop)
+
+
+def test_the_launch_names_decodings_as_the_kernel_does() -> None:
+    known = {
+        "codebook": wide_hopper_decode.TABLE_4,
+        "float8": wide_hopper_decode.FLOAT8,
+        "affine4": wide_hopper_decode.AFFINE_4,
+        "affine8": wide_hopper_decode.AFFINE_8,
+    }
+    assert {kind: value.value for kind, value in known.items()} == wide_hopper_launch.KINDS
+    for kind, value in known.items():
+        assert wide_hopper_decode.bits_of(value.value) == wide_hopper_launch.bits(kind)
+    affine = {f"affine{bits}" for bits in wide_hopper_launch.AFFINE_BITS}
+    assert affine == {kind for kind in known if kind.startswith("affine")}
 
 
 def test_an_operand_written_while_it_is_read_is_found() -> None:

@@ -13,8 +13,9 @@ import torch
 
 pytest.importorskip("triton")
 
+from quantkit.kernels import launch_weight
 from quantkit.kernels.bench_cases import random_weight
-from quantkit.kernels.wide_hopper_launch import affine, codebook, decoding_cost, float8
+from quantkit.kernels.wide_hopper_launch import decoding_cost
 from quantkit.kernels.wide_hopper_plan import BK, BN, LEAST_ROWS, MOST_PARTS, TILES, choose, plan
 
 HERE = Path(__file__).parent
@@ -126,18 +127,7 @@ FORMS = {
 
 
 def cost(name: str) -> float:
-    packed = random_weight(FORMS[name], 256, 512, torch.device("cpu"))
-    if name.startswith("float8"):
-        return decoding_cost(float8(packed.codes, packed.scale, *packed.encoding.block))  # type: ignore[union-attr]
-    if name == "nf4":
-        assert packed.lut is not None
-        weight = codebook(packed.codes, packed.scale, packed.lut, 256, 512, 64)
-    else:
-        assert packed.zero is not None
-        enc = packed.encoding
-        weight = affine(packed.codes, packed.scale, packed.zero, None, enc.bits, enc.group_size)  # type: ignore[union-attr]
-    assert weight is not None
-    return decoding_cost(weight)
+    return decoding_cost(launch_weight.of(random_weight(FORMS[name], 256, 512, torch.device("cpu"))))
 
 
 @pytest.mark.parametrize("name", MEASURED)
