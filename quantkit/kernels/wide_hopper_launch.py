@@ -33,7 +33,7 @@ KINDS: dict[Kind, int] = {"codebook": 0, "float8": 1, "affine4": 4, "affine8": 8
 AFFINE_BITS = (4, 8)
 
 _refused = False
-#: (device, dtypes, alignment, constants) -> the compiled kernel.
+#: (device, dtypes, alignment, constants) -> the compiled kernel. (Not by `launch.launch`: ADR 0026.)
 _compiled: dict[tuple[Any, ...], Any] = {}
 log = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ def launch_wide(x: Tensor, weight: LaunchWeight, bias: Tensor | None, chosen: Pl
         bias is not None,
         OF_PRODUCTS,
     )
-    # What Triton compiles for: looking it up there takes longer than some products (`launch.launch`).
+    # What Triton compiles for (no integers): looking it up there takes longer than some products.
     key = (x.device, x.dtype, constants, *[(p.dtype, p.data_ptr() & 15 == 0) for p in pointers])
     if (found := _compiled.get(key)) is not None:
         found[grid](*arguments, *constants)
