@@ -7,9 +7,10 @@
 
 `prepare` makes the models (the shipped example; a Llama of 4 layers and hidden size 2048 with random weights),
 converts and exports them, and runs the builder. `measure` times everything, each variant and round in a
-process of its own, forwards and backwards through the variants, and appends to `results.jsonl` in the work
-directory; `--models`, `--only`, `--engines` choose a piece of it. `table` prints medians over all rounds, with
-the quartiles. GENAI is a Python environment with onnxruntime-genai, transformers and torch.
+process of its own (`bench_export_worker.py`), forwards and backwards through the variants, and appends to
+`results.jsonl` in the work directory; `--models`, `--only`, `--engines` choose a piece of it. `table` prints
+medians over all rounds, with the quartiles. GENAI is a Python environment with onnxruntime-genai, transformers
+and torch.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples/pydoc-llama-7m"
+WORKER = ROOT / "scripts/bench_export_worker.py"
 #: model -> ways to convert it: (name, arguments of `quantkit convert`)
 RECIPES = {
     "7m": {
@@ -154,7 +156,7 @@ def measure(args: argparse.Namespace) -> None:
             for name, engine, folder, level in chosen if number % 2 == 0 else reversed(chosen):
                 python = args.genai if engine == "genai" else sys.executable
                 words = [engine, folder, args.context, args.steps, args.threads]
-                command = [str(w) for w in (python, __file__, "worker", *words)]
+                command = [str(w) for w in (python, WORKER, *words)]
                 environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
                 before = cpu_seconds()
                 done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -285,111 +287,7 @@ def quality(args: argparse.Namespace) -> None:
             print(f"| {name} | {level} | {kl:.4f} | {same:.3f} |")
 
 
-def worker(engine: str, folder: str, context: int, steps: int, threads: int) -> None:
-    times = {"torch": torch_times, "ort": ort_times, "genai": genai_times}[engine](
-        folder, context, steps, threads
-    )
-    prefill = statistics.median(p for p, _ in times)
-    decode = statistics.median(t for _, ts in times for t in ts)
-    print(json.dumps({"prefill": context / prefill, "decode": 1 / decode}))
-
-
-def prompt(context: int) -> list[int]:
-    return [(7 * i) % 4000 + 3 for i in range(context)]
-
-
-def torch_times(folder: str, context: int, steps: int, threads: int) -> list[tuple[float, list[float]]]:
-    import torch
-    import transformers
-
-    torch.set_num_threads(threads)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-    def once(steps: int) -> tuple[float, list[float]]:
-        ids, times = torch.tensor([prompt(context)]), []
-        with torch.inference_mode():
-            out, first = timed(lambda: model(input_ids=ids, use_cache=True))
-            for _ in range(steps):
-                ids = out.logits[:, -1:].argmax(-1)
-                cache = out.past_key_values
-                out, took = timed(
-                    lambda i=ids, c=cache: model(input_ids=i, past_key_values=c, use_cache=True)
-                )
-                times.append(took)
-        return first, times
-
-    once(2)
-    return [once(steps) for _ in range(2)]
-
-
-def ort_times(folder: str, context: int, steps: int, threads: int) -> list[tuple[float, list[float]]]:
-    """Plain onnxruntime: the cache goes out of one call and into the next without a copy in Python."""
-    import numpy as np
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    session = ort.InferenceSession(f"{folder}/model.onnx", options, providers=["CPUExecutionProvider"])
-    inputs = {i.name: i for i in session.get_inputs()}
-    outputs = [o.name for o in session.get_outputs()]
-    past = [name for name in inputs if name.startswith("past")]
-    decoder = json.loads(Path(folder, "genai_config.json").read_text())["model"]["decoder"]
-    heads, size = decoder["num_key_value_heads"], decoder["head_size"]
-    value = ort.OrtValue.ortvalue_from_numpy
-
-    def once(steps: int) -> tuple[float, list[float]]:
-        cache = {n: value(np.zeros((1, heads, 0, size), np.float32)) for n in past}
-        ids, done, times = np.array([prompt(context)], dtype=np.int64), 0, []
-        for _ in range(steps + 1):
-            new = ids.shape[1]
-            feeds = {"input_ids": value(ids), "attention_mask": value(np.ones((1, done + new), np.int64))}
-            if "position_ids" in inputs:
-                feeds["position_ids"] = value(np.arange(done, done + new, dtype=np.int64)[None])
-            out, took = timed(lambda f=feeds, c=cache: session.run_with_ort_values(outputs, {**f, **c}))
-            got = dict(zip(outputs, out))
-            cache = {n: got[n.replace("past_key_values", "present")] for n in past}
-            ids = got["logits"].numpy()[:, -1:].argmax(-1).astype(np.int64)
-            done += new
-            times.append(took)
-        return times[0], times[1:]
-
-    once(2)
-    return [once(steps) for _ in range(2)]
-
-
-def genai_times(folder: str, context: int, steps: int, threads: int) -> list[tuple[float, list[float]]]:
-    import onnxruntime_genai as og
-
-    config = og.Config(folder)
-    config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
-    model = og.Model(config)
-
-    def once(steps: int) -> tuple[float, list[float]]:
-        params = og.GeneratorParams(model)
-        length = context + steps + 2
-        params.set_search_options(max_length=length, min_length=length, do_sample=False)
-        generator = og.Generator(model, params)
-        _, first = timed(lambda: generator.append_tokens(prompt(context)))
-        generator.generate_next_token()  # takes its token from the prompt's logits
-        return first, [timed(generator.generate_next_token)[1] for _ in range(steps)]
-
-    once(2)
-    return [once(steps) for _ in range(2)]
-
-
-def timed(call):  # type: ignore[no-untyped-def]
-    import time
-
-    start = time.perf_counter()
-    out = call()
-    return out, time.perf_counter() - start
-
-
 def main() -> None:
-    if sys.argv[1:2] == ["worker"]:
-        worker(sys.argv[2], sys.argv[3], *map(int, sys.argv[4:]))
-        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("action", choices=["prepare", "measure", "table", "quality"])
     parser.add_argument("--work", type=Path, default=ROOT / "build/bench")

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from quantkit.encoding import Affine, Codebook, PackedWeight
 
-#: What codes become numbers by. Which of these a kernel has, and by which number it knows them, is in `KINDS` of
-#: `gemv_launch` (for `few_rows` too) and `wide_hopper_launch`.
+#: How codes become numbers. `KINDS` of `gemv_launch` (for `few_rows` too) and of `wide_hopper_launch` say which of
+#: these a kernel has, and by which number it knows them.
 Kind = Literal["codebook", "affine1", "affine2", "affine3", "affine4", "affine8", "float8"]
 
 #: By the bits of a code.
@@ -26,7 +26,7 @@ class LaunchWeight(NamedTuple):
     n: int  #: rows of W
     group: int  #: inputs that share a scale, 0 for all K; of a codebook the block, which may run across rows
     codes: Tensor  #: uint8 [N, bytes of K]; of a codebook flat, [ceil(N * K / 2)]
-    scale: Tensor  #: float [ceil(N / scale_rows), ceil(K / group)]; of a codebook flat, float32 [ceil(N * K / group)]
+    scale: Tensor  #: float [ceil(N / scale_rows), ceil(K / group)]; of a codebook flat, [ceil(N * K / group)]
     zero: Tensor | None = None  #: uint8 or float [N, ceil(K / group)] of affine codes
     lut: Tensor | None = None  #: float [16] of a codebook
     perm: Tensor | None = None  #: int64 [K]: column j of the packed weight multiplies column `perm[j]` of x
