@@ -26,12 +26,12 @@ from torch import Tensor
 
 from quantkit.kernels import cpu_sessions, cpu_workers
 
-#: Weights per piece: 512 KB decoded.
-PIECE = 1 << 17
+#: Weights per piece: up to 2 MB decoded, at least 512 KB where a layer has few for each thread.
+PIECE, LEAST_PIECE = 1 << 19, 1 << 17
 #: Largest M for which pieces are multiplied in the cache.
 DIRECT_ROWS = 8
-#: Bytes of dense weight for BLAS.
-SLICE_BYTES = 32 << 20
+#: Bytes of dense weight for BLAS, which finds them in the cache.
+SLICE_BYTES = 8 << 20
 
 _local = threading.local()
 
@@ -76,7 +76,8 @@ class _Weight:
         self.pairs = cpu_sessions.prepared("pairs", (lut,), partial(_pairs, lut))
         # Pieces begin at a byte and at a block, wherever blocks lie in the flattened weight.
         least = math.lcm(block, 2) // math.gcd(k, math.lcm(block, 2))
-        self.step = max(least, PIECE // k // least * least)
+        share = self.codes.size * 2 // (4 * torch.get_num_threads())
+        self.step = max(least, min(PIECE, max(LEAST_PIECE, share)) // k // least * least)
 
     def pieces(self, start: int, end: int) -> list[tuple[int, int]]:
         """Rows `start` (a multiple of `step`) to `end`, cut."""
