@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import os
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,7 +122,7 @@ def multiply(
         b = scale.float().reshape(1, -1).expand(1, n).contiguous()
         b = b if b.data_ptr() % 16 == 0 else b.clone()
     weight = codes.view(torch.float8_e4m3fn).T
-    options = {"bias": bias, "output_dtype": dtype, "use_fast_accum": False}
+    options: dict[str, Any] = {"bias": bias, "output_dtype": dtype, "use_fast_accum": False}
     try:
         out = scaled_mm(q, weight, a, of_x, b, of_w, **options)
     except (RuntimeError, ValueError) as error:

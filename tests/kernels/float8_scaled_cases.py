@@ -125,7 +125,7 @@ def has_product() -> bool:
     return True
 
 
-#: N, K, block of W, activation, recipe. Blocks with a tail of N; numbers of steps that 4 divides, or does not; one step.
+#: N, K, block of W, activation, recipe. Blocks with a tail of N; steps of K that 4 divides, or does not; one step.
 WEIGHTS = [
     (48, 256, (48, 256), "fp8_static", "TENSOR"),
     (48, 272, (1, 272), "fp8_static", "ROW"),
