@@ -2,7 +2,7 @@
 
 Run as a program (`TRITON_INTERPRET=1 python float8_scaled_cases.py`) it prints one JSON object, case -> error relative
 to its bound (`codebook_float8_cases`); a case fails above 1. A device of sm_90 is pretended. `documented` stands for
-torch on it: the checks of torch about 2.11 (aten/src/ATen/native/cuda/ScaledBlas.cpp) and of cuBLAS's manual ("128-element
+torch on it: the checks of torch about 2.11 (ATen/native/cuda/ScaledBlas.cpp) and of cuBLAS's manual ("128-element
 1D and 128x128 2D block scaling"), scales read from memory as cuBLAS reads them, sums in float64. Where torch itself
 has the product on a CPU (scales per tensor and per row), it multiplies as well.
 """
