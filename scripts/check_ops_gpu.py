@@ -221,59 +221,6 @@ def _against_bitsandbytes(device: torch.device) -> str:
     return f"{count} cases equal bitsandbytes (nested absmax included)"
 
 
-def _wide(packed: PackedWeight) -> Any:
-    from quantkit.kernels import wide_hopper_launch
-
-    if isinstance(packed.encoding, Codebook):
-        assert packed.lut is not None
-        return wide_hopper_launch.codebook(
-            packed.codes, packed.scale, packed.lut, *packed.shape, packed.encoding.block_size
-        )
-    assert isinstance(packed.encoding, Affine)
-    groups = packed.scale.shape[1]
-    group = packed.encoding.group_size if groups > 1 else 0
-    return wide_hopper_launch.Wide(packed.codes, packed.scale, packed.zero, None, None, group)
-
-
-def check_wide(device: torch.device) -> str:
-    """The fused product of hundreds of rows (sm_90): W bit for bit, sums within their rounding, no race."""
-    from quantkit.kernels import launch, sliced, wide_hopper_launch
-
-    if device.type != "cuda" or launch.target() != ("cuda", 90):
-        return "skipped: no sm_90"
-    units, count = sliced.multiprocessors(device), 0
-    worst: dict[torch.dtype, float] = {}
-    # Groups of a step, of a turn (two steps), longer, of a row; float zeros; tails of N; odd numbers of steps.
-    cases = (("affine-4g128", 264, 640), ("affine-4g64", 520, 576), ("hqq-4g64", 1032, 1024), ("affine-4g192", 64, 192),
-             ("affine-4g1024", 256, 1024), ("nf4", 264, 576), ("affine-4g128", 4096, 4096))  # fmt: skip
-    for form, n, k in cases:
-        packed = random_weight(form, n, k, device)
-        weight = _wide(packed)
-        for dtype, limit in ((torch.bfloat16, 2e-3), (torch.float16, 2.5e-4)):
-            dense = dequantize(packed, dtype)
-            eye = torch.eye(k, device=device, dtype=dtype)
-            assert wide_hopper_launch.covers(eye, weight), (form, n, k)
-            got = wide_hopper_launch.launch_wide(eye, weight, None, units)
-            assert torch.equal(got.T, dense), (form, n, k, dtype)
-            for rows in (1, 129, 300, 1024):
-                x = torch.randn(rows, k, device=device, dtype=dtype)
-                bias = torch.randn(n, device=device, dtype=dtype)
-                got = wide_hopper_launch.launch_wide(x, weight, bias, units)
-                again = [wide_hopper_launch.launch_wide(x, weight, bias, units) for _ in range(20)]
-                assert all(torch.equal(got, other) for other in again), (form, n, k, rows)
-                error = relative(got, x.double() @ dense.double().T + bias.double())
-                assert error < limit, (form, n, k, rows, dtype, error)
-                worst[dtype] = max(worst.get(dtype, 0.0), error)
-                count += 1
-    x = torch.randn(2, 512, 4096, device=device, dtype=torch.float16)  # the last case, through the op
-    through = ops.affine_linear(x, weight.codes, weight.scale, weight.zero, None, None, 4, 128, None)
-    direct = wide_hopper_launch.launch_wide(x.view(1024, 4096), weight, None, units)
-    assert torch.equal(through.view(1024, 4096), direct)
-    return f"{count} products, W bit for bit; worst error " + ", ".join(
-        f"{str(d)[6:]} {e:.1e}" for d, e in worst.items()
-    )
-
-
 def check_ternary(device: torch.device) -> str:
     """W1.58A8: integers times both scales, recomputed in int64 on the host; the same float32 bits."""
     for rows in (1, 5, 17, 64):
@@ -370,7 +317,6 @@ CHECKS: dict[str, Callable[[torch.device], str]] = {
     "graph capture": check_graph,
     "host time": check_host_time,
     "dequantize": check_dequantize,
-    "wide products": check_wide,
     "ternary": check_ternary,
     "LoRA": check_lora,
 }

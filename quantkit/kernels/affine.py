@@ -3,7 +3,7 @@
     M = 1               `gemv`, where it covers the weight (4 and 3 bits)
     M = 2 .. 8          `few_rows`, likewise
     M <= FUSED_ROWS     `affine_gemm`, `affine_gemm_wide`: codes to tensor cores, no dense weight anywhere
-    hundreds            `wide_hopper` on sm_90, where it covers the weight and measured faster (4 bits)
+    hundreds            `wide_hopper` on sm_90, where it covers the weight and measured faster (4 and 8 bits)
     larger              W, or a slice of it at a time, is dequantized and the vendor's BLAS multiplies
 
 and the same two routes for dx = dy @ W. The functions have the ops' names and arguments
@@ -52,7 +52,7 @@ def affine_linear(
             return ternary.int8_linear(rows, weight, bias).view(*x.shape[:-1], n)
     with device_of(x):
         if rows.shape[0] > (tuning.FUSED_ROWS_3BIT if bits == 3 else tuning.FUSED_ROWS):
-            fit = wide_hopper_launch.Wide(codes, scale, zero, None, perm, weight.group) if bits == 4 else None
+            fit = wide_hopper_launch.affine(codes, scale, zero, perm, bits, weight.group)
             wide = wide_hopper_launch.multiply(rows, fit, bias)
             out = wide if wide is not None else _sliced_linear(rows, weight, bias)
         else:

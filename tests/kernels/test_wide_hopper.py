@@ -1,6 +1,6 @@
 """The fused product of hundreds of rows on Hopper: when it answers, and what its compiled code must look like.
 
-What it computes only a device shows: `scripts/check_ops_gpu.py --only "wide products"`.
+What it computes only a device shows: `scripts/check_wide_gpu.py`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from triton.backends.compiler import GPUTarget
 
 from quantkit.kernels import affine, launch, sliced, wide_hopper_launch
 from quantkit.kernels.wide_hopper import wide_hopper_kernel
-from quantkit.kernels.wide_hopper_launch import BK, BM, BN, Wide, decoding_cost, faster
+from quantkit.kernels.wide_hopper_launch import BK, BM, BN, FLOAT8, TABLE_4, Wide, decoding_cost, faster
 
 SM_90 = mock.patch.object(launch, "target", lambda: ("cuda", 90))
 
 
 def packed(n: int = 256, k: int = 512, group: int = 128, **changed: Any) -> Wide:
     weight = Wide(
+        4,
         torch.zeros(n, k // 2, dtype=torch.uint8),
         torch.ones(n, k // group, dtype=torch.float16),
         torch.zeros(n, k // group, dtype=torch.uint8),
@@ -198,26 +199,33 @@ def test_many_rows_of_a_covered_weight_take_this_route(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("dtype", "group", "zero", "table", "bias"),
+    ("kind", "dtype", "group", "scale", "zero", "bias"),
     [
-        ("bf16", 128, "*u8", False, False),
-        ("fp16", 64, "*fp16", False, True),
-        ("bf16", 1 << 30, "*u8", False, True),
-        ("bf16", 64, "*fp32", True, False),
+        (4, "bf16", 128, "fp16", "u8", False),
+        (4, "fp16", 64, "fp16", "fp16", True),
+        (4, "bf16", 0, "fp16", "u8", True),
+        (TABLE_4, "bf16", 64, "fp32", "fp32", False),
+        (8, "bf16", 128, "bf16", "u8", False),
+        (8, "bf16", 64, "fp16", "u8", False),
+        (8, "fp16", 64, "fp16", "fp16", True),
+        (FLOAT8, "bf16", 128, "fp32", "fp32", False),
+        (FLOAT8, "fp16", 0, "fp32", "fp32", True),
     ],
 )
-def test_compiled_code(dtype: str, group: int, zero: str, table: bool, bias: bool) -> None:
+def test_compiled_code(kind: int, dtype: str, group: int, scale: str, zero: str, bias: bool) -> None:
     """No spills; products that are not made to wait for each other; decoding beside products in flight; and no
     operand written again while a product may be reading it."""
-    of_x, of_words, of_y = wide_hopper_launch.layouts()
+    of_x, of_words, of_y = wide_hopper_launch.layouts(kind)
+    width = BK // 8 if kind in (4, TABLE_4) else BK // 4
     types = {
         "x_desc": f"tensordesc<{dtype}[{BM}, {BK}],{of_x!r}>",
-        "w_desc": f"tensordesc<i32[{BN}, {BK // 8}],{of_words!r}>",
+        "w_desc": f"tensordesc<i32[{BN}, {width}],{of_words!r}>",
         "y_desc": f"tensordesc<{dtype}[{BM}, {BN // 2}],{of_y!r}>",
-        "scale_ptr": "*fp32" if table else "*fp16",
+        "scale_ptr": f"*{scale}",
         "lut_ptr": "*fp32",
-        "zero_ptr": zero,
+        "zero_ptr": f"*{zero}",
         "bias_ptr": f"*{dtype}",
+        "parts_ptr": "*fp32",
     }
     constants = {
         "GROUP": group,
@@ -226,7 +234,7 @@ def test_compiled_code(dtype: str, group: int, zero: str, table: bool, bias: boo
         "BK": BK,
         "STAGES": wide_hopper_launch.STAGES,
         "TOGETHER": wide_hopper_launch.TOGETHER,
-        "HAS_TABLE": table,
+        "KIND": kind,
         "HAS_BIAS": bias,
     }
     target = GPUTarget("cuda", 90, 32)
@@ -237,6 +245,8 @@ def test_compiled_code(dtype: str, group: int, zero: str, table: bool, bias: boo
     assert not any("STL" in line or "LDL" in line for line in lines)
     loops = product_loops(lines)
     assert len(loops) == 2  # one of each warpgroup
+    # The instruction that takes a pair of codes out of its words, and how many of them a step and thread has.
+    takes = {8: "PRMT", FLOAT8: "F2FP.F16.E4M3"}.get(kind, "SHF.L.W")
     for loop in loops:
         assert sum("HGMMA" in line for line in loop) == 8
         # Serialized products have a wait of their own each: here two, one of which leaves a group in flight.
@@ -247,8 +257,10 @@ def test_compiled_code(dtype: str, group: int, zero: str, table: bool, bias: boo
         # 32 weights are decoded while the product before is in flight: from one issue to the next, and from there
         # to the last wait, behind which ptxas leaves only the rounding.
         for start, stop in ((ends[0], ends[1]), (ends[1], waits[1])):
-            assert sum(line.startswith("SHF.L.W") for line in loop[start:stop]) == 16
-            assert sum(line.startswith(("FFMA", "FMUL")) for line in loop[start:stop]) >= 32
+            between = loop[start:stop]
+            assert sum(line.startswith(takes) for line in between) == (48 if kind == 8 else 16)
+            if kind != FLOAT8 or group:
+                assert sum(line.startswith(("FFMA", "FMUL")) for line in between) >= 32
         assert not overwritten_operands(loop)
         assert not any("MEMBAR" in line for line in loop)
 

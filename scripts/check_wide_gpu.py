@@ -1,0 +1,114 @@
+"""Products of `wide_hopper_kernel` on a device (sm_90): W bit for bit, sums within their rounding, no race.
+
+    python scripts/check_wide_gpu.py [--jobs 12]
+
+Every kind of weight, number of rows of x per tile and cut of K, in bf16 and fp16. Most of the time is compilation,
+which `--jobs` processes share. Exits with 1 where a case fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+
+import torch
+
+from quantkit.encoding import Affine, Codebook, Float8, PackedWeight, dequantize
+from quantkit.kernels import launch, ops, sliced, wide_hopper_launch
+from quantkit.kernels.bench_cases import random_weight
+from quantkit.kernels.wide_hopper_launch import Wide
+
+#: Groups of a step, of a turn (two steps), longer, of a row; float zeros; tails of N; odd numbers of steps.
+CASES = (
+    ("affine-4g128", 264, 640), ("affine-4g64", 520, 576), ("hqq-4g64", 1032, 1024), ("affine-4g192", 64, 192),
+    ("affine-4g1024", 256, 1024), ("nf4", 264, 576), ("affine-8g128", 264, 640), ("affine-8g64", 520, 576),
+    ("hqq-8g64", 1032, 1024), ("affine-8g192", 64, 192), ("fp8-tensor", 264, 576), ("fp8-channel", 520, 640),
+    ("fp8-block", 392, 512), ("affine-4g128", 4096, 4096),
+)  # fmt: skip
+#: Rows of x, of x per tile, parts of K.
+PLANS = (
+    (1, 16, 1), (9, 16, 3), (40, 32, 2), (64, 64, 1), (100, 64, 2), (129, 128, 5), (300, 256, 2), (1024, 256, 1),
+    (1024, 256, 3),
+)  # fmt: skip
+#: Relative to the norm: the rounding of W and of the result.
+LIMITS = {torch.bfloat16: 2e-3, torch.float16: 2.5e-4}
+
+
+def wide(packed: PackedWeight) -> Wide | None:
+    enc = packed.encoding
+    if isinstance(enc, Codebook):
+        assert packed.lut is not None
+        return wide_hopper_launch.codebook(
+            packed.codes, packed.scale, packed.lut, *packed.shape, enc.block_size
+        )
+    if isinstance(enc, Float8):
+        return wide_hopper_launch.float8(packed.codes, packed.scale, *enc.block)
+    assert isinstance(enc, Affine) and packed.zero is not None
+    group = enc.group_size if packed.scale.shape[1] > 1 else 0
+    return wide_hopper_launch.affine(packed.codes, packed.scale, packed.zero, None, enc.bits, group)
+
+
+def check(form: str, n: int, k: int, dtype: torch.dtype) -> str:
+    """One weight by every plan; what went wrong or the worst error."""
+    device = torch.device("cuda")
+    packed, units, worst = random_weight(form, n, k, device), sliced.multiprocessors(device), 0.0
+    if form.startswith("affine-8"):  # the scale's dtype chooses the arithmetic
+        packed = replace(packed, scale=packed.scale.to(dtype))
+    weight, dense = wide(packed), dequantize(packed, dtype)
+    eye = torch.eye(k, device=device, dtype=dtype)
+    assert weight is not None and wide_hopper_launch.covers(eye, weight), "not covered"
+    assert torch.equal(wide_hopper_launch.launch_wide(eye, weight, None, units).T, dense), "W differs"
+    for rows, high, parts in PLANS:
+        x = torch.randn(rows, k, device=device, dtype=dtype)
+        bias = torch.randn(n, device=device, dtype=dtype)
+        plan = wide_hopper_launch.cut(rows, n, k, units, high, parts)
+        got = wide_hopper_launch.launch_wide(x, weight, bias, units, plan)
+        again = [wide_hopper_launch.launch_wide(x, weight, bias, units, plan) for _ in range(20)]
+        assert all(torch.equal(got, other) for other in again), f"runs differ: {rows} rows, {plan}"
+        want = x.double() @ dense.double().T + bias.double()
+        error = float((got.double() - want).norm() / want.norm())
+        assert error < LIMITS[dtype], f"{error:.1e}: {rows} rows, {plan}"
+        worst = max(worst, error)
+    return f"{worst:.1e}"
+
+
+def checked(case: tuple[str, int, int, torch.dtype]) -> tuple[bool, str]:
+    try:
+        return True, check(*case)
+    except Exception as error:
+        return False, f"{type(error).__name__}: {error}"[:400]
+
+
+def check_op() -> None:
+    """The op takes this route."""
+    packed = random_weight("affine-4g128", 4096, 4096, torch.device("cuda"))
+    assert packed.zero is not None
+    x = torch.randn(2, 512, 4096, device="cuda", dtype=torch.float16)
+    through = ops.affine_linear(x, packed.codes, packed.scale, packed.zero, None, None, 4, 128, None)
+    direct = wide_hopper_launch.multiply(x.view(1024, 4096), wide(packed), None)
+    assert direct is not None and torch.equal(through.view(1024, 4096), direct)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--jobs", type=int, default=1)
+    jobs = parser.parse_args().jobs
+    if not torch.cuda.is_available() or launch.target() != ("cuda", 90):
+        print("no device of sm_90: nothing checked")
+        return 2
+    cases = [(*case, dtype) for case in CASES for dtype in LIMITS]
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        answers = list(pool.map(checked, cases))
+    for (form, n, k, dtype), (good, said) in zip(cases, answers):
+        print(f"{'ok  ' if good else 'FAIL'} {form} {n} x {k} {str(dtype)[6:]}: {said}", flush=True)
+    check_op()
+    return 0 if all(good for good, _ in answers) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
