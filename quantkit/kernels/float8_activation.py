@@ -30,7 +30,7 @@ def round_e4m3(x):
     return (x + magic) - magic
 
 
-@triton.jit(do_not_specialize=["group_stride"])
+@triton.jit
 def round_rows_kernel(
     x_ptr,
     q_ptr,

@@ -9,6 +9,8 @@ In parentheses strides, where other than contiguous; M4 is M rounded up to a mul
 cuBLAS's manual says of "128-element 1D and 128x128 2D block scaling"). Scales that one number stands for are
 written out, because ROW asks both operands for vectors. The running sum is promoted to float32 every few
 products (`use_fast_accum=False`), as in `float8_native`, which answers everywhere else.
+
+Off until a device has run it: `float8_tuning.SCALED_ROWS` and `SCALED_BLOCK_ROWS` are None (ADR 0037).
 """
 
 from __future__ import annotations
@@ -52,17 +54,17 @@ def recipe(
     block_k: int,
     activation: str,
 ) -> Recipe | None:
-    """How torch multiplies `x [M, K]`, rounded, by this weight; None: too few rows, not covered, or refused before.
+    """How torch multiplies `x [M, K]`, rounded, by this weight; None: off, too few rows, not covered, refused before.
 
     Recorded launches (`quantkit.kernels.aot`) are not covered: what torch would launch is not theirs to hold.
     """
     (m, k), n = x.shape, codes.shape[0]
-    if m < min(float8_tuning.SCALED_ROWS, float8_tuning.SCALED_BLOCK_ROWS) or x.device.type == "meta":
+    blocks = activation == "fp8_group128"
+    least = float8_tuning.SCALED_BLOCK_ROWS if blocks else float8_tuning.SCALED_ROWS
+    if least is None or m < least or x.device.type == "meta":
         return None
     found = _recipe(n, k, scale, block_n, block_k, activation)
     if found is None or not _runs_here(found):
-        return None
-    if m < (float8_tuning.SCALED_BLOCK_ROWS if found is Recipe.BLOCK else float8_tuning.SCALED_ROWS):
         return None
     if n % 16 or k % 16 or not codes.is_contiguous() or codes.data_ptr() % 16:
         return None

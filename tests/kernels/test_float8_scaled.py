@@ -26,13 +26,24 @@ from quantkit.kernels.float8_scaled import Recipe
 HERE = Path(__file__).parent
 E4M3 = torch.float8_e4m3fn
 M, N, K = 600, 256, 512
+#: Rows from which the route answers here. Its own defaults are None: `test_off_by_default`.
+ROWS, BLOCK_ROWS = 512, 576
 PER_TENSOR, PER_ROW, TILES = (N, K), (1, K), (128, 128)
+
+
+DEFAULTS = (float8_tuning.SCALED_ROWS, float8_tuning.SCALED_BLOCK_ROWS)
 
 
 @pytest.fixture(autouse=True)
 def nothing_refused() -> Iterator[None]:
     with mock.patch.object(float8_scaled, "_refused", set()):
         yield
+
+
+@pytest.fixture(autouse=True)
+def switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(float8_tuning, "SCALED_ROWS", ROWS)
+    monkeypatch.setattr(float8_tuning, "SCALED_BLOCK_ROWS", BLOCK_ROWS)
 
 
 def test_routes_in_the_interpreter_match_float64() -> None:
@@ -108,15 +119,54 @@ def test_devices() -> None:
 
 def test_sizes_and_addresses() -> None:
     rows = (PER_ROW, "fp8_token")
-    assert recipe(*rows, m=float8_tuning.SCALED_ROWS) is Recipe.ROW
-    assert recipe(*rows, m=float8_tuning.SCALED_ROWS - 1) is None
-    assert recipe(TILES, "fp8_group128", m=float8_tuning.SCALED_BLOCK_ROWS) is Recipe.BLOCK
-    assert recipe(TILES, "fp8_group128", m=float8_tuning.SCALED_BLOCK_ROWS - 1) is None
+    assert recipe(*rows, m=ROWS) is Recipe.ROW
+    assert recipe(*rows, m=ROWS - 1) is None
+    assert recipe(PER_TENSOR, "fp8_static", m=ROWS) is Recipe.TENSOR
+    assert recipe(PER_TENSOR, "fp8_static", m=ROWS - 1) is None
+    assert recipe(TILES, "fp8_group128", m=BLOCK_ROWS) is Recipe.BLOCK
+    assert recipe(TILES, "fp8_group128", m=BLOCK_ROWS - 1) is None
     assert recipe(*rows, n=248) is None and recipe(*rows, k=520) is None
     flat = torch.zeros(N * K + 8, dtype=torch.uint8)
     assert recipe(*rows, codes=flat[8:].view(N, K)) is None
     assert recipe(*rows, codes=torch.zeros(N, 2 * K, dtype=torch.uint8)[:, :K]) is None
     assert recipe(*rows, x=torch.zeros(M, K, device="meta"), codes=torch.zeros(N, K, device="meta")) is None
+
+
+def test_either_is_switched_on_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = ((PER_ROW, "fp8_token"), (PER_TENSOR, "fp8_static"), (TILES, "fp8_group128"))
+    monkeypatch.setattr(float8_tuning, "SCALED_ROWS", None)
+    assert [recipe(*case) for case in cases] == [None, None, Recipe.BLOCK]
+    monkeypatch.setattr(float8_tuning, "SCALED_ROWS", ROWS)
+    monkeypatch.setattr(float8_tuning, "SCALED_BLOCK_ROWS", None)
+    assert [recipe(*case) for case in cases] == [Recipe.ROW, Recipe.TENSOR, None]
+
+
+@pytest.mark.parametrize(
+    ("block", "activation"),
+    [(PER_TENSOR, "fp8_static"), (PER_ROW, "fp8_static"), (PER_TENSOR, "fp8_token"), (PER_ROW, "fp8_token"),
+     (TILES, "fp8_group128")],
+)  # fmt: skip
+def test_off_by_default(block: tuple[int, int], activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the number of rows, `float8_native` gets what the route covers and torch's product nothing."""
+    answer = torch.zeros(())
+    native = mock.Mock(side_effect=lambda q, *_: answer.expand(q.shape[0], N))
+    torchs = mock.Mock(side_effect=lambda q, *_, **__: answer.expand(q.shape[0], N))
+    monkeypatch.setattr(float8, "launch_native", native)
+    monkeypatch.setattr(float8_scaled, "scaled_mm", torchs)
+    monkeypatch.setattr(float8, "launch", mock.Mock())  # rounding: its results are not looked at
+    monkeypatch.setattr(launch, "target", lambda: ("cuda", 90))
+    scale = torch.ones(-(-N // block[0]), -(-K // block[1]))
+    weight = (torch.zeros(N, K, dtype=torch.uint8), scale, None, *block, activation, torch.ones(1))
+
+    def linear(m: int) -> tuple[int, int]:
+        float8.float8_linear(torch.zeros(m, K, dtype=torch.bfloat16), *weight)
+        return native.call_count, torchs.call_count
+
+    assert linear(4096) == (0, 1)  # switched on by the fixture
+    monkeypatch.setattr(float8_tuning, "SCALED_ROWS", DEFAULTS[0])
+    monkeypatch.setattr(float8_tuning, "SCALED_BLOCK_ROWS", DEFAULTS[1])
+    for calls, m in enumerate((float8_tuning.NATIVE_ROWS, ROWS, BLOCK_ROWS, 4096, 65536), 1):
+        assert linear(m) == (calls, 1), m
 
 
 def test_biases() -> None:
