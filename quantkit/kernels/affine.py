@@ -3,7 +3,7 @@
     M = 1               `gemv`, where it covers the weight (4 and 3 bits)
     M = 2 .. 8          `few_rows`, likewise
     M <= FUSED_ROWS     `affine_gemm`, `affine_gemm_wide`: codes to tensor cores, no dense weight anywhere
-    hundreds            `wide_hopper` on sm_90, where it covers the weight and measured faster (4 and 8 bits)
+    M = 17 .. 3072      `wide_hopper` on sm_90, where it covers the weight and measured faster (4 and 8 bits)
     larger              W, or a slice of it at a time, is dequantized and the vendor's BLAS multiplies
 
 and the same two routes for dx = dy @ W. The functions have the ops' names and arguments
@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantkit.kernels import few_rows_launch, sliced, ternary, tuning, wide_hopper_launch
+from quantkit.kernels import few_rows_launch, sliced, ternary, tuning, wide_hopper_launch, wide_hopper_plan
 from quantkit.kernels.affine_launch import (
     FLOATS,
     AffineWeight,
@@ -51,19 +51,18 @@ def affine_linear(
         with device_of(x):
             return ternary.int8_linear(rows, weight, bias).view(*x.shape[:-1], n)
     with device_of(x):
-        if rows.shape[0] > (tuning.FUSED_ROWS_3BIT if bits == 3 else tuning.FUSED_ROWS):
+        m = rows.shape[0]
+        out = None
+        if m > wide_hopper_plan.LEAST_ROWS:
             fit = wide_hopper_launch.affine(codes, scale, zero, perm, bits, weight.group)
-            wide = wide_hopper_launch.multiply(rows, fit, bias)
-            out = wide if wide is not None else _sliced_linear(rows, weight, bias)
-        else:
-            few = few_rows_launch.multiply(
-                rows, codes, scale, zero, None, bias, perm, kind_of(bits), n, weight.group
-            )
-            out = (
-                few
-                if few is not None
-                else launch_gemm(rows, weight, bias, tuning.gemm_config(rows.shape[0], n, k, bits))
-            )
+            out = wide_hopper_launch.multiply(rows, fit, bias)
+        if out is None and m > (tuning.FUSED_ROWS_3BIT if bits == 3 else tuning.FUSED_ROWS):
+            out = _sliced_linear(rows, weight, bias)
+        if out is None:
+            kind, group = kind_of(bits), weight.group
+            out = few_rows_launch.multiply(rows, codes, scale, zero, None, bias, perm, kind, n, group)
+        if out is None:
+            out = launch_gemm(rows, weight, bias, tuning.gemm_config(m, n, k, bits))
     return out.view(*x.shape[:-1], n)
 
 

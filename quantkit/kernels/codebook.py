@@ -3,7 +3,7 @@
     M = 1                               `gemv_kernel`, where it covers the weight
     M = 2 .. 4 (blocks of 64)           `few_rows_kernel`, likewise
     M <= codebook_tuning.FUSED_ROWS     `codebook_gemm_kernel` / `codebook_gemm_wide_kernel`
-    hundreds                            `wide_hopper_kernel` on sm_90, where it is faster
+    M = 17 .. 3072                      `wide_hopper_kernel` on sm_90, where it is faster
     larger                              slices of W dequantized, multiplied by the vendor's BLAS
 
 and the same two routes for dx = dy @ W (`codebook_backward_kernel`).
@@ -19,7 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.kernels import codebook_tuning, few_rows_launch, sliced, tuning, wide_hopper_launch
+from quantkit.kernels import (
+    codebook_tuning,
+    few_rows_launch,
+    sliced,
+    tuning,
+    wide_hopper_launch,
+    wide_hopper_plan,
+)
 from quantkit.kernels.affine_launch import sum_splits
 from quantkit.kernels.codebook_backward import codebook_backward_kernel
 from quantkit.kernels.codebook_dequantize import (
@@ -56,24 +63,25 @@ def codebook_linear(
         return NotImplemented
     k = x.shape[-1]
     rows = x.reshape(-1, k)
+
+    def fill(out: Tensor, row: int, column: int) -> None:
+        launch_dequantize(codes, scale, lut, k, block_size, out, row, column)
+
     with device_of(x):
-        if rows.shape[0] > codebook_tuning.FUSED_ROWS:
-
-            def fill(out: Tensor, row: int, column: int) -> None:
-                launch_dequantize(codes, scale, lut, k, block_size, out, row, column)
-
+        m = rows.shape[0]
+        out = None
+        if m > wide_hopper_plan.LEAST_ROWS:
             fit = wide_hopper_launch.codebook(codes, scale, lut, out_features, k, block_size)
-            wide = wide_hopper_launch.multiply(rows, fit, bias)
-            out = wide if wide is not None else sliced.linear(rows, out_features, bias, fill)
-        else:
-            few = few_rows_launch.multiply(
+            out = wide_hopper_launch.multiply(rows, fit, bias)
+        if out is None and m > codebook_tuning.FUSED_ROWS:
+            out = sliced.linear(rows, out_features, bias, fill)
+        if out is None:
+            out = few_rows_launch.multiply(
                 rows, codes, scale, None, lut, bias, None, CODEBOOK.value, out_features, block_size
             )
-            if few is not None:
-                out = few
-            else:
-                config = codebook_tuning.config(rows.shape[0], out_features, large_shared_memory(), k)
-                out = launch_gemm(rows, codes, scale, lut, bias, out_features, block_size, config)
+        if out is None:
+            config = codebook_tuning.config(m, out_features, large_shared_memory(), k)
+            out = launch_gemm(rows, codes, scale, lut, bias, out_features, block_size, config)
     return out.view(*x.shape[:-1], out_features)
 
 

@@ -1,7 +1,7 @@
 """Triton backend of the float8 ops: chooses a kernel by M and by how activations are rounded.
 
-    weights only                 M <= FUSED_ROWS: `float8_gemm`; hundreds on sm_90: `wide_hopper_kernel`, where it
-                                 is faster; larger: slices of W dequantized, BLAS
+    weights only                 M <= FUSED_ROWS: `float8_gemm`; 17 .. 3072 on sm_90: `wide_hopper_kernel`, where
+                                 it is faster; larger: slices of W dequantized, BLAS
     rounded activations          q(x) and its scales first (`float8_activation`), then
         M < NATIVE_ROWS          `float8_gemm` on the exact values of q: bound by the weight's bytes anyway
         larger, sm_89+           `float8_native`: both operands on the fp8 matrix unit
@@ -21,7 +21,14 @@ import torch
 import triton
 from torch import Tensor
 
-from quantkit.kernels import float8_scaled, float8_tuning, sliced, tuning, wide_hopper_launch
+from quantkit.kernels import (
+    float8_scaled,
+    float8_tuning,
+    sliced,
+    tuning,
+    wide_hopper_launch,
+    wide_hopper_plan,
+)
 from quantkit.kernels.affine_launch import sum_splits
 from quantkit.kernels.float8_activation import round_rows_kernel
 from quantkit.kernels.float8_backward import float8_backward_kernel
@@ -107,16 +114,18 @@ def _weight_only(
     x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, block_n: int, block_k: int
 ) -> Tensor:
     (m, k), n = x.shape, codes.shape[0]
+    if m > wide_hopper_plan.LEAST_ROWS:
+        fit = wide_hopper_launch.float8(codes, scale, block_n, block_k)
+        if (out := wide_hopper_launch.multiply(x, fit, bias)) is not None:
+            return out
     if m <= float8_tuning.FUSED_ROWS:
-        return launch_gemm(
-            x, codes, scale, bias, block_n, block_k, float8_tuning.config(m, n, large_shared_memory(), k)
-        )
+        config = float8_tuning.config(m, n, large_shared_memory(), k)
+        return launch_gemm(x, codes, scale, bias, block_n, block_k, config)
 
     def fill(out: Tensor, row: int, column: int) -> None:
         launch_dequantize(codes, scale, block_n, block_k, out, row, column)
 
-    wide = wide_hopper_launch.multiply(x, wide_hopper_launch.float8(codes, scale, block_n, block_k), bias)
-    return wide if wide is not None else sliced.linear(x, n, bias, fill)
+    return sliced.linear(x, n, bias, fill)
 
 
 def _unround(q: Tensor, x_scale: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -18,22 +18,12 @@ from quantkit.kernels import launch as device
 from quantkit.kernels import sliced
 from quantkit.kernels.launch import cdiv
 from quantkit.kernels.wide_hopper_parts import sum_parts_kernel
+from quantkit.kernels.wide_hopper_plan import BK, BN, TILES, Plan, choose
 
-#: Rows of W per tile, inputs per step; tiles of W that share the L2 cache.
-BN, BK = 128, 64
+#: Tiles of W that share the L2 cache.
 TOGETHER = 8
-#: Rows of x per tile: buffers of one step (4 or 8 bits fit in 227 KB beside the result's).
-STAGES = {16: 12, 32: 12, 64: 12, 128: 8, 256: 4}
-#: Registers that a thread starts with: three warpgroups share 65536, and hand them over as the kernel asks.
-REGISTERS = 168
-#: Most rows of x that were measured. (Dequantizing costs the same for any number, and weighs less and less.)
-MOST_ROWS = 3072
-#: Time of dequantizing W over that of one wave of tiles is N over this number, whatever K is.
-DEQUANTIZED_PER_WAVE = 12300
-#: Most parts of K that a tile of the last wave is cut into.
-MOST_PARTS = 8
-#: Cost of cutting, as the inputs (K) that a tile could multiply instead: the second launch, and each part's sums.
-SECOND_PASS, PER_PART = 340.0, 5.0
+#: Registers that a thread starts with, and that a multiplying one gets: three warpgroups share 65536.
+REGISTERS, OF_PRODUCTS = 168, 240
 #: Rows of y that a program of the second pass adds up.
 ROWS_OF_SUMS = 16
 #: Kinds beside the bits of affine weights, as in `wide_hopper_decode` (which imports Gluon).
@@ -78,26 +68,17 @@ def float8(codes: Tensor, scale: Tensor, block_n: int, block_k: int) -> Wide:
     return Wide(FLOAT8, codes, scale, None, None, None, group, block_n)
 
 
-class Plan(NamedTuple):
-    """A product's tiles, and how they are given out."""
-
-    rows: int  #: of x per tile (BM)
-    whole: int  #: tiles that run through all of K; those behind them are cut
-    parts: int  #: into so many parts
-    each: int  #: of so many steps of BK inputs
-    waves: float  #: time of all of it over the time of a tile
-
-
 def multiply(x: Tensor, weight: Wide | None, bias: Tensor | None) -> Tensor | None:
     """`x [M, K]` times the weight plus bias `[N]`: `[M, N]`, or None where another route is faster or must answer."""
     global _refused
     if _refused or weight is None or not covers(x, weight):
         return None
     units = sliced.multiprocessors(x.device)
-    if not faster(x.shape[0], weight.codes.shape[0], x.shape[1], decoding_cost(weight), units):
+    chosen = choose(x.shape[0], weight.codes.shape[0], x.shape[1], decoding_cost(weight), units)
+    if chosen is None:
         return None
     try:
-        return launch_wide(x, weight, bias, units)
+        return launch_wide(x, weight, bias, chosen)
     except Exception as error:
         # Gluon is experimental: its functions come and go. Anything but its refusal is heard.
         refusal = isinstance(error, ImportError) or type(error).__module__.startswith("triton.")
@@ -135,55 +116,16 @@ def covers(x: Tensor, weight: Wide) -> bool:
 
 
 def decoding_cost(weight: Wide) -> float:
-    """Time of a tile of this weight over one of 4 bits, integer zeros, groups of 128 (8192 x 8192, M=1024)."""
+    """Time of a tile of this weight over one of 4 bits, integer zeros, groups of 128 (M = 256 to 2048)."""
     if weight.kind == FLOAT8:
-        return 1.0 if weight.group == 0 else 1.1
-    if weight.zero is None:
-        return 1.15
-    if weight.zero.is_floating_point() or weight.scale.dtype == torch.float32:
-        return 1.27
-    return 1.0 if weight.group % (2 * BK) == 0 else 1.1
+        return 1.0
+    if weight.zero is not None and (weight.zero.is_floating_point() or weight.scale.dtype == torch.float32):
+        return 1.2
+    return 1.0 if weight.kind == 4 and weight.group % (2 * BK) == 0 else 1.1
 
 
-def cut(m: int, n: int, k: int, units: int, rows: int, parts: int) -> Plan:
-    """The plan with tiles of `rows` rows of x, those of the last wave in (at most) `parts` parts of K."""
-    tiles = cdiv(n, BN) * cdiv(m, rows)
-    left, turns = tiles % units, cdiv(k, 2 * BK)
-    whole, each = tiles - left, cdiv(turns, parts)
-    parts = cdiv(turns, each)
-    if not left or parts == 1:
-        return Plan(rows, tiles, 1, 2 * turns, whole / units + (1 if left else 0))
-    time = cdiv(left * parts, units) * each / turns + (SECOND_PASS + PER_PART * left * parts) / k
-    return Plan(rows, whole, parts, 2 * each, whole / units + time)
-
-
-@lru_cache(maxsize=4096)
-def plan(m: int, n: int, k: int, units: int, rows: int = 256) -> Plan:
-    """Whole waves of tiles, and the parts that the tiles left over take the least time in.
-
-    A wave that is 40 % full takes as long as a full one; cut into two parts of K each, its tiles take half of that and
-    a second pass over their sums.
-    """
-    plans = [cut(m, n, k, units, rows, parts) for parts in range(1, MOST_PARTS + 1)]
-    return min(plans, key=lambda one: one.waves)
-
-
-def faster(m: int, n: int, k: int, cost: float, units: int) -> bool:
-    """Does a product of `m` rows of x and `[n, k]` of W take less time here than through BLAS?
-
-    Both take the same time for a full tile, within 5 %. What is lost here is the rest of the last wave
-    of tiles; what is lost there is the time of dequantizing W.
-    """
-    if m > MOST_ROWS or units == 0:
-        return False
-    filled = m * n / (256 * BN * units)
-    return plan(m, n, k, units).waves * cost - filled < n / DEQUANTIZED_PER_WAVE
-
-
-def launch_wide(
-    x: Tensor, weight: Wide, bias: Tensor | None, units: int, chosen: Plan | None = None
-) -> Tensor:
-    """The launch for a weight that `covers` says yes to, on `units` multiprocessors: `[M, N]` in the dtype of `x`."""
+def launch_wide(x: Tensor, weight: Wide, bias: Tensor | None, chosen: Plan) -> Tensor:
+    """The launch for a weight that `covers` says yes to: `[M, N]` in the dtype of `x`."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     from quantkit.kernels.wide_hopper import wide_hopper_kernel
@@ -197,7 +139,7 @@ def launch_wide(
     words = codes.view(torch.int32)
     of_x, of_words, of_y = layouts(weight.kind)
     width = words.shape[1] * BK // k
-    bm, whole, parts, each, _ = chosen or plan(m, n, k, units)
+    bm, whole, parts, each, units, _ = chosen
     cut = cdiv(n, BN) * cdiv(m, bm) - whole
     grid = (min(units, whole + cut * parts), 1, 1)
     sums = x.new_empty((cut, parts, bm, BN), dtype=torch.float32) if cut else out
@@ -223,7 +165,17 @@ def launch_wide(
         parts,
         each,
     )
-    constants = (weight.group, BN, bm, BK, STAGES[bm], TOGETHER, weight.kind, bias is not None)
+    constants = (
+        weight.group,
+        BN,
+        bm,
+        BK,
+        TILES[bm].stages,
+        TOGETHER,
+        weight.kind,
+        bias is not None,
+        OF_PRODUCTS,
+    )
     # What Triton compiles for: looking it up there takes longer than some products (`launch.launch`).
     key = (x.device, x.dtype, constants, *[(p.dtype, p.data_ptr() & 15 == 0) for p in pointers])
     if (found := _compiled.get(key)) is not None:

@@ -1,0 +1,103 @@
+"""Which tiles `wide_hopper_kernel` multiplies, in how many parts of K, and where it is the faster route.
+
+All times are from an H100 (docs/benchmarks/kernels-h100.md), for bfloat16 and cold weights.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+from quantkit.kernels.launch import cdiv
+
+#: Rows of W per tile, inputs per step.
+BN, BK = 128, 64
+
+
+class Tile(NamedTuple):
+    """Of some rows of x."""
+
+    stages: int  #: buffers of one step (of 4 or 8 bits they fit in 227 KB beside the result's)
+    step: float  #: us per step of BK inputs, 4 bits in groups of 128
+
+
+#: By rows of x per tile.
+TILES = {
+    16: Tile(12, 0.32),
+    32: Tile(12, 0.34),
+    64: Tile(12, 0.36),
+    128: Tile(8, 0.475),
+    256: Tile(4, 0.72),
+}
+#: Most parts of K that a tile of the last wave is cut into, and what that costs: us for the second pass, for each
+#: part that a multiprocessor begins, and for a row of a part's sums.
+MOST_PARTS = 8
+SECOND_PASS, PER_ROUND, PER_ROW = 3.0, 1.5, 0.0002
+#: A second pass takes memory: what it must save, by factor.
+WORTH = 1.02
+
+#: Up to so many rows the kernels without shared memory and `affine_gemm`, ... were faster.
+LEAST_ROWS = 16
+#: Up to ROWS the others were faster for weights of fewer values than FEW (4096 x 4096 against 14336 x 4096); of fewer
+#: than LEAST none was measured.
+ROWS, FEW, LEAST = 32, 1 << 25, 1 << 24
+#: Up to so many rows the alternative is a fused kernel, behind it BLAS on the dequantized weight.
+FUSED_ROWS = 128
+#: Most rows that were measured. (Dequantizing costs the same for any number, and weighs less and less.)
+MOST_ROWS = 3072
+#: Time of dequantizing W over that of one wave of tiles of 256 rows is N over this number, whatever K is.
+DEQUANTIZED_PER_WAVE = 12300
+
+
+class Plan(NamedTuple):
+    """A product's tiles, and how they are given out."""
+
+    rows: int  #: of x per tile
+    whole: int  #: tiles that run through all of K; those behind them are cut
+    parts: int  #: into so many parts
+    each: int  #: of so many steps of BK inputs
+    units: int  #: multiprocessors
+    waves: float  #: time of all of it over the time of a tile
+
+
+def cut(m: int, n: int, k: int, units: int, rows: int, parts: int) -> Plan:
+    """The plan with tiles of `rows` rows of x, those of the last wave in (at most) `parts` parts of K."""
+    tiles = cdiv(n, BN) * cdiv(m, rows)
+    left, turns = tiles % units, cdiv(k, 2 * BK)
+    whole, each = tiles - left, cdiv(turns, parts)
+    parts = cdiv(turns, each)
+    if not left or parts == 1:
+        return Plan(rows, tiles, 1, 2 * turns, units, whole / units + (1 if left else 0))
+    rounds = cdiv(left * parts, units)
+    cutting = SECOND_PASS + PER_ROUND * rounds + PER_ROW * rows * left * parts
+    waves = whole / units + rounds * each / turns + cutting / (2 * turns * TILES[rows].step)
+    return Plan(rows, whole, parts, 2 * each, units, waves)
+
+
+@lru_cache(maxsize=4096)
+def plan(m: int, n: int, k: int, units: int) -> Plan:
+    """Whole waves of tiles, and the parts that the tiles left over take the least time in.
+
+    A wave that is 40 % full takes as long as a full one; cut into two parts of K each, its tiles take half of that and
+    a second pass over their sums.
+    """
+    rows = next((rows for rows in TILES if rows >= m), max(TILES))
+    return min(
+        (cut(m, n, k, units, rows, parts) for parts in range(1, MOST_PARTS + 1)), key=lambda p: p.waves
+    )
+
+
+def choose(m: int, n: int, k: int, cost: float, units: int) -> Plan | None:
+    """The plan for `m` rows of x and `[n, k]` of W, or None where another route takes less time.
+
+    `cost`: what a step costs over one of 4 bits in groups of 128. Beyond FUSED_ROWS both routes take the same time for
+    a full tile, within 5 %. What is lost here is the rest of the last wave of tiles; what is lost there is the time of
+    dequantizing W.
+    """
+    if not LEAST_ROWS < m <= MOST_ROWS or units == 0:
+        return None
+    chosen = plan(m, n, k, units)
+    if m <= FUSED_ROWS:
+        return chosen if n * k >= (FEW if m <= ROWS else LEAST) else None
+    filled = m * n / (256 * BN * units)
+    return chosen if chosen.waves * cost - filled < n / DEQUANTIZED_PER_WAVE else None
