@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from quantkit.encoding import Affine, PackedWeight, dequantize
-from quantkit.kernels import cpu, cpu_sessions, cpu_weights
+from quantkit.kernels import cpu, cpu_sessions, cpu_weights, reference
 from quantkit.kernels.bench_cases import random_weight, run_op
 
 Call = Callable[[], Any]
@@ -183,6 +183,24 @@ def measure_codebook(n: int, k: int, rows: list[int], seconds: float) -> None:
         print("| " + " | ".join(cells) + " |", flush=True)
 
 
+@torch.no_grad()
+def measure_float8(n: int, k: int, rows: list[int], seconds: float) -> None:
+    """float8, 128 x 128 blocks: quantkit, the reference and dense."""
+    copies = [random_weight("fp8-block", n, k, torch.device("cpu")) for _ in range(-(-COLD_BYTES // (n * k)))]
+    dense = [dequantize(w) for w in copies[:2]]
+    for m in rows:
+        x = torch.randn(m, k)
+        candidates = {
+            "quantkit": in_turn([lambda f=f, x=x: f(x) for f in map(run_op, copies)]),
+            "reference": in_turn([lambda w=w, x=x: reference.quant_linear(x, w) for w in copies]),
+            "dense": in_turn([lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in dense]),
+        }
+        found = medians(candidates, seconds)
+        cells = [f"{n}x{k}", f"{m}", *(f"{found[name]:.0f}" for name in candidates)]
+        cells += [f"{found['quantkit'] / found[name]:.2f}" for name in ("reference", "dense")]
+        print("| " + " | ".join(cells) + " |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -193,25 +211,29 @@ def main() -> None:
     parser.add_argument("--mode", default="int8,exact")
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--nf4", action="store_true", help="NF4 beside MatMulBnb4 instead")
+    parser.add_argument("--float8", action="store_true", help="float8 beside the reference instead")
     given = parser.parse_args()
     print(
         f"torch {torch.__version__}, onnxruntime {onnxruntime.__version__}, {torch.get_num_threads()} threads"
     )
-    if given.nf4:
-        print("| N x K | M | quantkit | MatMulBnb4 | dense | / MatMulBnb4 | / dense |")
+    shapes = [tuple(map(int, shape.split("x"))) for shape in given.shape or ["4096x4096"]]
+    rows = [int(m) for m in given.rows.split(",")]
+    if given.nf4 or given.float8:
+        peer, measure_format = (
+            ("MatMulBnb4", measure_codebook) if given.nf4 else ("reference", measure_float8)
+        )
+        print(f"| N x K | M | quantkit | {peer} | dense | / {peer} | / dense |")
         print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
-        for shape in given.shape or ["4096x4096"]:
-            n, k = map(int, shape.split("x"))
-            measure_codebook(n, k, [int(m) for m in given.rows.split(",")], given.seconds)
+        for n, k in shapes:
+            measure_format(n, k, rows, given.seconds)
         return
     header = ["bits", "N x K", "M", "mode", "quantkit", "run", "bound", "default", "dense"]
     print("| " + " | ".join([*header, "/ run", "/ bound", "/ default", "dense /"]) + " |")
     print("|" + " --- |" * 4 + " ---: |" * 9)
-    for shape in given.shape or ["4096x4096"]:
-        n, k = map(int, shape.split("x"))
+    for n, k in shapes:
         for bits in map(int, given.bits.split(",")):
             for mode in given.mode.split(","):
-                measure(bits, n, k, [int(m) for m in given.rows.split(",")], mode, given.seconds)
+                measure(bits, n, k, rows, mode, given.seconds)
 
 
 if __name__ == "__main__":

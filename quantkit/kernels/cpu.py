@@ -5,7 +5,7 @@
     affine, int8_block              MatMulNBits, 2/4/8 bits, accuracy_level 4           reference
     affine, int8_token (BitNet)     MatMulNBits on integers: exact, then both scales    reference
     codebook (NF4, FP4), exact      `cpu_codebook`: decoded in the cache                the same
-    float8                          reference                                           reference
+    float8                          `cpu_float8`: likewise, rounded activations too     the same
 
 *Exact* means that activations are not rounded: every product and sum is float32, and the weight is not
 rounded to the dtype of `x` either (the reference does round it). onnxruntime's float32 kernels exist for
@@ -33,7 +33,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from quantkit.kernels import cpu_codebook, cpu_sessions, cpu_torch, cpu_weights, reference
+from quantkit.encoding import Float8, PackedWeight
+from quantkit.kernels import cpu_codebook, cpu_float8, cpu_sessions, cpu_torch, cpu_weights, reference
 from quantkit.kernels.cpu_sessions import Session
 from quantkit.kernels.cpu_weights import FLOAT32, INT8
 
@@ -151,6 +152,45 @@ def dequantize_codebook(
     if dtype == torch.float64 or out_features * in_features == 0:
         return NotImplemented
     return cpu_codebook.dense(codes, scale, lut, out_features, in_features, block_size).to(dtype)
+
+
+def float8_linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    block_n: int,
+    block_k: int,
+    activation: reference.Activation | None,
+    input_scale: Tensor | None,
+) -> Tensor:
+    """See `quantkit.kernels.reference.float8_linear`; NotImplemented where only that will do."""
+    n, k = codes.shape
+    if x.dtype == torch.float64 or x.numel() == 0 or n == 0 or not cpu_float8.covers(codes, scale):
+        return NotImplemented
+    rows = x.reshape(-1, k)
+    if activation is not None:
+        packed = PackedWeight(
+            Float8((block_n, block_k)), (n, k), codes, scale, activation=activation, input_scale=input_scale
+        )
+        rows = reference.round_activation(rows, packed)
+    out = cpu_float8.linear(rows, codes, scale, block_n, block_k)
+    if bias is not None:
+        out += bias
+    return out.to(x.dtype).view(*x.shape[:-1], n)
+
+
+def float8_linear_backward(grad: Tensor, codes: Tensor, scale: Tensor, block_n: int, block_k: int) -> Tensor:
+    """See `quantkit.kernels.reference.float8_linear_backward`."""
+    dense = dequantize_float8(codes, scale, block_n, block_k, grad.dtype)
+    return NotImplemented if dense is NotImplemented else grad @ dense
+
+
+def dequantize_float8(codes: Tensor, scale: Tensor, block_n: int, block_k: int, dtype: torch.dtype) -> Tensor:
+    """Dense weight `[N, K]` in `dtype`; equal to the reference bit for bit."""
+    if dtype == torch.float64 or codes.numel() == 0 or not cpu_float8.covers(codes, scale):
+        return NotImplemented
+    return cpu_float8.dense(codes, scale, block_n, block_k, dtype)
 
 
 def ort_block(group_size: int, in_features: int) -> int | None:

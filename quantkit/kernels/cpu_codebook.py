@@ -7,8 +7,8 @@ so decoding is one look-up and one 8-byte store for every two weights, then one 
 absmax. The weight in float32 is that of the reference, bit for bit, and nothing of it is kept. numpy does
 the work on `cpu_workers`, because it lets go of the interpreter lock and starts no threads of its own.
 
-Up to DIRECT_ROWS rows of x are multiplied right where a piece was decoded. For more, pieces are decoded into
-a slice of at most SLICE_BYTES, which BLAS multiplies.
+A piece is multiplied right where it was decoded (`cpu_blas`). Without that, so are up to DIRECT_ROWS rows of x, by
+numpy; for more, pieces are decoded into a slice of at most SLICE_BYTES, which BLAS multiplies.
 
 (onnxruntime's MatMulBnb4 decodes the whole weight at each call, several times slower:
 docs/benchmarks/kernels-cpu.md.)
@@ -24,14 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.kernels import cpu_sessions, cpu_workers
+from quantkit.kernels import cpu_blas, cpu_sessions, cpu_workers
 
-#: Weights per piece: 512 KB decoded.
-PIECE = 1 << 17
-#: Largest M for which pieces are multiplied in the cache.
+#: Weights per piece: up to 2 MB decoded, at least 512 KB where a layer has few for each thread.
+PIECE, LEAST_PIECE = 1 << 19, 1 << 17
+#: Largest M for which numpy multiplies pieces.
 DIRECT_ROWS = 8
-#: Bytes of dense weight for BLAS.
-SLICE_BYTES = 32 << 20
+#: Bytes of dense weight for BLAS, which finds them in the cache.
+SLICE_BYTES = 8 << 20
 
 _local = threading.local()
 
@@ -42,9 +42,8 @@ def linear(x: Tensor, codes: Tensor, scale: Tensor, lut: Tensor, out_features: i
     weight = _Weight(codes, scale, lut, k, block)
     x = x.float().contiguous()
     out = torch.empty((m, out_features), dtype=torch.float32)
-    if m <= DIRECT_ROWS:
-        product = partial(weight.multiply, x.numpy(), out.numpy())
-        _run(product, weight.pieces(0, out_features))
+    if m <= DIRECT_ROWS or cpu_blas.available():
+        _run(partial(weight.multiply, x, out), weight.pieces(0, out_features))
         return out
     step = max(weight.step, SLICE_BYTES // (4 * k) // weight.step * weight.step)
     buffer = torch.empty((min(step, out_features), k), dtype=torch.float32)
@@ -76,21 +75,24 @@ class _Weight:
         self.pairs = cpu_sessions.prepared("pairs", (lut,), partial(_pairs, lut))
         # Pieces begin at a byte and at a block, wherever blocks lie in the flattened weight.
         least = math.lcm(block, 2) // math.gcd(k, math.lcm(block, 2))
-        self.step = max(least, PIECE // k // least * least)
+        share = self.codes.size * 2 // (4 * torch.get_num_threads())
+        self.step = max(least, min(PIECE, max(LEAST_PIECE, share)) // k // least * least)
 
     def pieces(self, start: int, end: int) -> list[tuple[int, int]]:
         """Rows `start` (a multiple of `step`) to `end`, cut."""
         return [(row, min(row + self.step, end)) for row in range(start, end, self.step)]
 
-    def multiply(self, x: Any, out: Any, rows: tuple[int, int]) -> None:
+    def multiply(self, x: Tensor, out: Tensor, rows: tuple[int, int]) -> None:
         """out[:, rows] = x @ W[rows].T"""
         import numpy
 
         weight, target = self.decode(*rows), out[:, rows[0] : rows[1]]
-        if hasattr(numpy, "vecdot"):  # numpy 2: three times as fast
-            numpy.vecdot(weight, x[:, None], out=target)
+        if cpu_blas.available():
+            cpu_blas.mm(x, torch.from_numpy(weight).t(), target)
+        elif hasattr(numpy, "vecdot"):  # numpy 2: three times as fast
+            numpy.vecdot(weight, x.numpy()[:, None], out=target.numpy())
         else:
-            numpy.einsum("rk,mk->mr", weight, x, out=target)
+            numpy.einsum("rk,mk->mr", weight, x.numpy(), out=target.numpy())
 
     def decode_into(self, target: Any, first: int, rows: tuple[int, int]) -> None:
         """target[rows - first] = W[rows]"""

@@ -4,7 +4,8 @@
                                  it is faster; larger: slices of W dequantized, BLAS
     rounded activations          q(x) and its scales first (`float8_activation`), then
         M < NATIVE_ROWS          `float8_gemm` on the exact values of q: bound by the weight's bytes anyway
-        larger, sm_89+, gfx942   `float8_native`: both operands on the fp8 matrix unit
+        larger, sm_89+           `float8_native`: both operands on the fp8 matrix unit
+        SCALED_ROWS and more     torch's scaled product, where it runs (`float8_scaled`); off by default
         larger, other chips      q(x) times its scale, then as weights only
 
 dx = dy @ W is one fused product up to `tuning.FUSED_BACKWARD_ROWS` rows (`float8_backward`), then slices of W
@@ -21,6 +22,7 @@ import triton
 from torch import Tensor
 
 from quantkit.kernels import (
+    float8_scaled,
     float8_tuning,
     launch_weight,
     sliced,
@@ -68,34 +70,40 @@ def float8_linear(
     if activation is not None and (activation not in _GROUPS or k > _LONGEST_ROW):
         return NotImplemented
     rows = x.reshape(-1, k)
-    m = rows.shape[0]
     with device_of(x):
         if activation is None:
             out = _weight_only(rows, codes, scale, bias, block_n, block_k)
         else:
-            native = m >= float8_tuning.NATIVE_ROWS and has_float8() and _tiles(k, block_k) % 128 == 0
-            kept = torch.float8_e4m3fn if native else x.dtype
-            q, x_scale = round_activation(rows, activation, input_scale, kept)
-            if native:
-                out = launch_native(
-                    q, x_scale, codes, scale, bias, block_n, block_k, _GROUPS[activation], x.dtype
-                )
-            elif m <= float8_tuning.FUSED_ROWS:
-                config = float8_tuning.config(m, n, large_shared_memory(), k)
-                out = launch_gemm(
-                    q,
-                    codes,
-                    scale,
-                    bias,
-                    block_n,
-                    block_k,
-                    config,
-                    x_scale=x_scale,
-                    group=_GROUPS[activation],
-                )
-            else:
-                out = _weight_only(_unround(q, x_scale), codes, scale, bias, block_n, block_k)
-    return out.view(*x.shape[:-1], n)
+            out = _rounded(rows, codes, scale, bias, block_n, block_k, activation, input_scale)
+    return out if out is NotImplemented else out.view(*x.shape[:-1], n)
+
+
+def _rounded(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    block_n: int,
+    block_k: int,
+    activation: str,
+    input_scale: Tensor | None,
+) -> Tensor:
+    (m, k), n, group = x.shape, codes.shape[0], _GROUPS[activation]
+    weight = (codes, scale, bias, block_n, block_k)
+    if m >= float8_tuning.NATIVE_ROWS and has_float8() and _tiles(k, block_k) % 128 == 0:
+        recipe = float8_scaled.recipe(x, *weight, activation)
+        blocks = recipe is float8_scaled.Recipe.BLOCK
+        q, x_scale = round_activation(x, activation, input_scale, torch.float8_e4m3fn, blocks)
+        if recipe is not None:
+            out = float8_scaled.multiply(q, x_scale, codes, scale, bias, recipe, m, x.dtype)
+            if out is not None:
+                return out
+        return launch_native(q[:m], x_scale[:m].contiguous(), *weight, group, x.dtype)
+    q, x_scale = round_activation(x, activation, input_scale, x.dtype)
+    if m > float8_tuning.FUSED_ROWS:
+        return _weight_only(_unround(q, x_scale), *weight)
+    config = float8_tuning.config(m, n, large_shared_memory(), k)
+    return launch_gemm(q, *weight, config, x_scale=x_scale, group=group)
 
 
 def _tiles(k: int, block_k: int) -> int:
@@ -131,19 +139,27 @@ def _unround(q: Tensor, x_scale: Tensor) -> Tensor:
 
 
 def round_activation(
-    x: Tensor, activation: str, input_scale: Tensor | None, dtype: torch.dtype
+    x: Tensor, activation: str, input_scale: Tensor | None, dtype: torch.dtype, blocks: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """(q `[M, K]` in `dtype`: e4m3 or the exact values, scales float32 `[M or 1, groups]`) of `x [M, K]`."""
+    """(q `[M, K]` in `dtype`: e4m3 or the exact values, scales float32 `[M or 1, groups]`) of `x [M, K]`.
+
+    With `blocks` as `float8_scaled.Recipe.BLOCK` demands: M is rounded up (what the rows beyond hold is not
+    defined, and reaches no other row), and scales are contiguous along M.
+    """
     (m, k), group = x.shape, _GROUPS[activation]
     if x.stride(-1) != 1:
         x = x.contiguous()
     static = activation == "fp8_static"
+    rows = cdiv(m, float8_scaled.BLOCK_ROWS) * float8_scaled.BLOCK_ROWS if blocks else m
     if static:
         assert input_scale is not None
         x_scale = input_scale.reshape(1, 1).float()
     else:
-        x_scale = x.new_empty((m, cdiv(k, group) if group else 1), dtype=torch.float32)
-    q = x.new_empty((m, k), dtype=dtype)
+        groups = cdiv(k, group) if group else 1
+        shape = (groups, rows) if blocks else (rows, groups)
+        x_scale = x.new_empty(shape, dtype=torch.float32)
+        x_scale = x_scale.T if blocks else x_scale
+    q = x.new_empty((rows, k), dtype=dtype)
     block = 1024 if group else triton.next_power_of_2(k)
     grid = (m, cdiv(k, block))
     warps = 4 if group else min(16, max(1, block // 256))
@@ -156,6 +172,7 @@ def round_activation(
         k,
         x.stride(0),
         x_scale.stride(0),
+        x_scale.stride(1),
         BLOCK=block,
         GROUP=group,
         STATIC=static,

@@ -38,6 +38,7 @@ def round_rows_kernel(
     K,
     x_stride,
     scale_stride,
+    group_stride,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
     STATIC: tl.constexpr,
@@ -45,7 +46,7 @@ def round_rows_kernel(
     """One program per row of x. GROUP inputs share a scale; 0: the whole row (BLOCK >= K).
 
     q `[M, K]`: e4m3 codes (float8 pointer) or their values. scale `[M, ceil(K / GROUP)]` float32, written
-    unless STATIC, where its one element is read.
+    unless STATIC, where its one element is read; rows are `scale_stride` apart, groups `group_stride`.
     """
     row = tl.program_id(0).to(tl.int64)
     if GROUP == 0:
@@ -65,5 +66,5 @@ def round_rows_kernel(
         x = tl.load(x_ptr + row * x_stride + k, mask=k < K, other=0.0).to(tl.float32)
         scale = tl.maximum(tl.max(tl.abs(x), 1), 1e-12) / 448.0
         q = round_e4m3(tl.clamp(x / scale[:, None], -448.0, 448.0))
-        tl.store(scale_ptr + row * scale_stride + g, scale, mask=g * GROUP < K)
+        tl.store(scale_ptr + row * scale_stride + g * group_stride, scale, mask=g * GROUP < K)
         tl.store(q_ptr + row * K + k, q.to(q_ptr.dtype.element_ty), mask=k < K)

@@ -17,6 +17,7 @@ from quantkit.encoding import Affine, Codebook, PackedWeight, pack_affine
 from quantkit.errors import UsageError
 from quantkit.kernels import (
     cpu,
+    cpu_blas,
     cpu_codebook,
     cpu_sessions,
     cpu_weights,
@@ -177,8 +178,13 @@ def test_any_table_and_gradients_of_codebooks() -> None:
             assert torch.equal(cpu.dequantize_codebook(*w, n, k, block, dtype), want)
 
 
-def test_codebook_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many pieces and several slices, the last of each shorter, on three threads."""
+@pytest.mark.parametrize("alone", [True, False])
+def test_codebook_slices(alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many pieces, the last shorter, on three threads; and several slices where BLAS cannot run on one thread alone."""
+    if alone and not cpu_blas.available():
+        pytest.skip("this torch has no MKL")
+    if not alone:
+        monkeypatch.setattr(cpu_blas, "_set_threads", lambda: None)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     monkeypatch.setattr(cpu_codebook, "PIECE", 1 << 12)
     monkeypatch.setattr(cpu_codebook, "SLICE_BYTES", 1 << 16)
@@ -188,6 +194,21 @@ def test_codebook_slices(monkeypatch: pytest.MonkeyPatch) -> None:
             x = torch.randn(rows, k)
             assert error(run(packed, x), packed, x) < FLOAT32
     assert cpu_workers.count() >= 2
+
+
+@pytest.mark.skipif(not cpu_blas.available(), reason="this torch has no MKL")
+def test_products_alone_leave_other_products_their_threads() -> None:
+    """Also after an error inside; and what the thread had asked for before comes back."""
+    set_threads = cpu_blas._set_threads()
+    assert set_threads is not None
+    a, b, out = torch.randn(3, 40), torch.randn(40, 5), torch.empty(3, 5)
+    for own in (0, 2):
+        set_threads(own)
+        cpu_blas.mm(a, b, out)
+        assert float((out.double() - a.double() @ b.double()).norm()) < 1e-5
+        with pytest.raises(RuntimeError):
+            cpu_blas.mm(a, b.t(), out)
+        assert set_threads(0) == own
 
 
 def test_refused_arguments() -> None:
