@@ -215,7 +215,7 @@ def times(check: Check) -> Iterator[tuple[str, int, float]]:
                 if check.multiplied == before:
                     del timed["torch"]
                 bench.GRAPH_CALLS = 8 if m * n * k > 1 << 36 else 24
-                timers = {name: bench._timer(calls, x) for name, calls in timed.items()}
+                timers = {name: bench.timer(calls, x) for name, calls in timed.items()}
                 taken = bench._take_turns(timers, 0.0 if check.smoke else 0.01)
             except Exception as error:
                 check.crashed(case, error)

@@ -187,7 +187,7 @@ def _cells(
                 errors[name] = float((got - want).norm() / want.norm())
                 if backward:
                     extra[name] = bench_backward.extra_bytes(products[0], x)
-                timers[name] = _timer(products, x)
+                timers[name] = timer(products, x)
             except Exception as error:
                 failed[name] = _one_line(error)
         for name, times in _take_turns(timers, seconds).items():
@@ -221,7 +221,7 @@ def _copies(candidate: Candidate, packed: PackedWeight, dtype: torch.dtype, nbyt
     return products
 
 
-def _timer(products: list[Product], x: Tensor) -> Callable[[], float]:
+def timer(products: list[Product], x: Tensor) -> Callable[[], float]:
     """A function that runs the product over all copies and returns seconds per product."""
     if x.device.type == "cpu":
         for product in products:

@@ -43,7 +43,7 @@ def tune(
     device: torch.device,
     dtype: torch.dtype = torch.bfloat16,
     seconds: float = 60.0,
-    clock: Clock = bench._timer,
+    clock: Clock = bench.timer,
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[Tuned]:
     """Tune every format, `(n, k)` and bucket of rows within `seconds` in all (the rest is left as shipped)."""
