@@ -18,19 +18,15 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from itertools import product
 from multiprocessing import get_context
-from pathlib import Path
 from unittest import mock
 
 import torch
 from torch import Tensor
 
 from quantkit.encoding import PackedWeight, dequantize
-from quantkit.kernels import bench, launch, sliced, wide_hopper_launch
+from quantkit.kernels import bench, launch, launch_weight, sliced, wide_hopper_launch
 from quantkit.kernels.bench_cases import random_weight, run_op
 from quantkit.kernels.wide_hopper_plan import MOST_PARTS, TILES, choose, cut
-
-sys.path.insert(0, str(Path(__file__).parent))
-from check_wide_gpu import wide
 
 #: Bytes of codes that take turns.
 COLD_BYTES = 160 << 20
@@ -40,8 +36,8 @@ REPLAYS = 5
 def compile_kernel(form: str, rows: int) -> str:
     """Into Triton's cache; what went wrong."""
     try:
-        weight = wide(random_weight(form, 256, 1024, torch.device("cuda")))
-        assert weight is not None
+        weight = launch_weight.of(random_weight(form, 256, 1024, torch.device("cuda")))
+        assert weight.kind in wide_hopper_launch.KINDS, "the kernel has no decoding for it"
         x = torch.randn(rows, 1024, device="cuda", dtype=torch.bfloat16)
         wide_hopper_launch.launch_wide(x, weight, None, cut(rows, 256, 1024, 132, rows, 2))
         torch.cuda.synchronize()
@@ -67,10 +63,9 @@ def copies(form: str, n: int, k: int) -> list[PackedWeight]:
 
 def measure(form: str, n: int, k: int, rows: list[int], tiles: list[int], parts: list[int]) -> None:
     packed = copies(form, n, k)
-    weights, dense = [wide(p) for p in packed], [dequantize(packed[0], torch.bfloat16)]
+    weights, dense = [launch_weight.of(p) for p in packed], [dequantize(packed[0], torch.bfloat16)]
     if dense[0].numel() < 9e7:
         dense.append(dense[0].clone())
-    assert weights[0] is not None
     cost, units = (
         wide_hopper_launch.decoding_cost(weights[0]),
         sliced.multiprocessors(packed[0].codes.device),
