@@ -57,7 +57,7 @@ def multiply(x: Tensor, weight: LaunchWeight, bias: Tensor | None) -> Tensor | N
         _refused = True
         first = (str(error).splitlines() or [type(error).__name__])[0]
         log.warning(
-            "4-bit products of many rows: no fused kernel here (%s); dequantize and BLAS answer", first
+            "products of many rows: the Hopper kernel does not run here (%s); other kernels answer", first
         )
         return None
 
