@@ -30,33 +30,27 @@ def covers(codes: Tensor, scale: Tensor) -> bool:
 
 def linear(x: Tensor, codes: Tensor, scale: Tensor, block_n: int, block_k: int) -> Tensor:
     """`x [M, K]` times W `[N, K]` in float32: a new `[M, N]`."""
-    n, k = codes.shape
+    n = codes.shape[0]
     x = x.float()
-    rows = _rows(k)
     out = torch.empty((x.shape[0], n), dtype=torch.float32)
-    for start, weight in _slices(codes, scale, block_n, block_k, torch.empty((min(rows, n), k))):
+    for start, weight in _slices(codes, scale, block_n, block_k):
         torch.mm(x, weight.t(), out=out[:, start : start + len(weight)])
     return out
 
 
 def dense(codes: Tensor, scale: Tensor, block_n: int, block_k: int, dtype: torch.dtype) -> Tensor:
     """W `[N, K]` in `dtype`, equal to the reference bit for bit."""
-    n, k = codes.shape
-    out = torch.empty((n, k), dtype=dtype)
-    for start, weight in _slices(codes, scale, block_n, block_k, torch.empty((min(_rows(k), n), k))):
+    out = torch.empty(codes.shape, dtype=dtype)
+    for start, weight in _slices(codes, scale, block_n, block_k):
         out[start : start + len(weight)] = weight
     return out
 
 
-def _rows(k: int) -> int:
-    return max(1, SLICE // k)
-
-
-def _slices(
-    codes: Tensor, scale: Tensor, block_n: int, block_k: int, values: Tensor
-) -> Iterator[tuple[int, Tensor]]:
-    """(first row, the slice's weights in `values`, float32 `[rows, K]`) over all of W."""
-    (n, k), rows = codes.shape, len(values)
+def _slices(codes: Tensor, scale: Tensor, block_n: int, block_k: int) -> Iterator[tuple[int, Tensor]]:
+    """(first row, the slice's weights, float32 `[rows, K]`, until the next slice) over all of W."""
+    n, k = codes.shape
+    rows = min(max(1, SLICE // k), n)
+    values = torch.empty((rows, k), dtype=torch.float32)
     halves, signs = (torch.empty((rows, k), dtype=torch.int16) for _ in range(2))
     block_k = min(block_k, k)
     whole = k // block_k

@@ -1,7 +1,7 @@
-"""When and how `wide_hopper_kernel` multiplies: hundreds of rows of x on sm_90 by 4- and 8-bit weights.
+"""How `wide_hopper_kernel` multiplies: 17 and more rows of x on sm_90, weights of 4 and 8 bits.
 
-Everything else keeps the route that its backend has for many rows: the weight, or a slice of it, is dequantized
-and the vendor's BLAS multiplies. That route also answers where this Triton has no Gluon, or another one.
+Everything else keeps the routes that its backend has: a fused kernel, or the weight, a slice of it at a time, is
+dequantized and the vendor's BLAS multiplies. They also answer where this Triton has no Gluon, or another one.
 """
 
 from __future__ import annotations

@@ -33,8 +33,6 @@ TILES = {
 #: part that a multiprocessor begins, and for a row of a part's sums.
 MOST_PARTS = 8
 SECOND_PASS, PER_ROUND, PER_ROW = 3.0, 1.5, 0.0002
-#: A second pass takes memory: what it must save, by factor.
-WORTH = 1.02
 
 #: Up to so many rows the kernels without shared memory and `affine_gemm`, ... were faster.
 LEAST_ROWS = 16
