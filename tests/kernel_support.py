@@ -1,9 +1,36 @@
-"""What the tests of kernels share: compilation without a GPU."""
+"""What the tests of kernels share: Triton's interpreter, compilation without a GPU."""
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
+
+KERNELS = Path(__file__).resolve().parent / "kernels"
+
+
+def interpreted(script: str, *arguments: str, **environment: str) -> dict[str, Any]:
+    """The JSON object that `tests/kernels/<script>` prints last, run by Triton's interpreter.
+
+    In a process of its own: TRITON_INTERPRET must be set before Triton is imported, and the interpreter dies at an
+    out-of-bounds load.
+    """
+    given = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(KERNELS.parents[1])}
+    done = subprocess.run(
+        [sys.executable, str(KERNELS / script), *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **given, **environment},
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, f"{script} {arguments}: exit {done.returncode}\n{done.stderr[-2000:]}"
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def compiled(

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from kernel_support import interpreted
 
 pytest.importorskip("triton")
 
@@ -25,20 +23,14 @@ SEED = int(torch.seed() % 2**31)
 
 
 @pytest.fixture(scope="module")
-def interpreted() -> dict[str, float]:
-    """Every case, in one process of its own: the interpreter dies at an out-of-bounds load."""
-    root = HERE.parents[1]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(HERE / "affine_cases.py"), str(SEED)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, f"seed {SEED}: exit {done.returncode}\n{done.stderr[-2000:]}"
-    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return result
+def errors() -> dict[str, float]:
+    """Every case, in one process."""
+    return interpreted("affine_cases.py", str(SEED))
 
 
 @pytest.mark.parametrize("name", affine_cases.names())
-def test_in_the_interpreter(name: str, interpreted: dict[str, float]) -> None:
-    assert interpreted[name] <= 1, f"seed {SEED}: error is {interpreted[name]:.3g} times its bound"
+def test_in_the_interpreter(name: str, errors: dict[str, float]) -> None:
+    assert errors[name] <= 1, f"seed {SEED}: error is {errors[name]:.3g} times its bound"
 
 
 @pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs a GPU")

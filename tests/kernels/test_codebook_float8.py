@@ -2,38 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-from kernel_support import compiled
+from kernel_support import compiled, interpreted
 
 pytest.importorskip("triton")
-
-HERE = Path(__file__).parent
 
 
 @pytest.mark.parametrize("family", ["codebook", "float8", "gemv", "few-rows"])
 def test_interpreted_kernels_match_float64(family: str) -> None:
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(HERE.parents[1]),
-    }
-    done = subprocess.run(
-        [sys.executable, str(HERE / "codebook_float8_cases.py"), family],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    errors = json.loads(done.stdout.splitlines()[-1])
+    errors = interpreted("codebook_float8_cases.py", family)
     assert len(errors) > (20 if family == "gemv" else 40)
     bad = {case: e for case, e in errors.items() if not e <= 1}
     assert not bad, bad

@@ -5,25 +5,20 @@ What torch makes of it only a device shows; `float8_scaled_cases` holds what can
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from kernel_support import interpreted
 
 pytest.importorskip("triton")
 
 from quantkit.kernels import float8, float8_scaled, float8_tuning, launch
 from quantkit.kernels.float8_scaled import Recipe
 
-HERE = Path(__file__).parent
 E4M3 = torch.float8_e4m3fn
 M, N, K = 600, 256, 512
 #: Rows from which the route answers here. Its own defaults are None: `test_off_by_default`.
@@ -47,21 +42,7 @@ def switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_routes_in_the_interpreter_match_float64() -> None:
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(HERE.parents[1]),
-    }
-    done = subprocess.run(
-        [sys.executable, str(HERE / "float8_scaled_cases.py")],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    errors = json.loads(done.stdout.splitlines()[-1])
+    errors = interpreted("float8_scaled_cases.py")
     assert len(errors) > 300
     bad = {case: e for case, e in errors.items() if not e <= 1}
     assert not bad, bad

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from kernel_support import interpreted
 
 from quantkit.cli.app import run
 from quantkit.kernels import tuned
 
-HERE = Path(__file__).resolve().parent
 TILE = {"rows": 32, "columns": 8, "inputs": 64, "slices": 4, "split": 2, "stages": 3, "warps": 4}
 ENTRY = {
     "family": "affine", "bits": 4, "m": 8, "n": 64, "k": 128, "dtype": "bfloat16", "tile": TILE,
@@ -33,14 +30,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_choose_write_read_and_use(tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    environment = {
-        **os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "QUANTKIT_CACHE": str(tmp_path),
-        "PYTHONPATH": str(HERE.parents[1]),
-    }  # fmt: skip
-    command = [sys.executable, str(HERE / "tune_cases.py")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    result = json.loads(done.stdout.splitlines()[-1])
+    result = interpreted("tune_cases.py", QUANTKIT_CACHE=str(tmp_path))
     assert result.pop("ignored") is True
     assert set(result) == {"affine", "codebook", "float8"}
     for family, found in result.items():

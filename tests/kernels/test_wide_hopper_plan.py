@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from kernel_support import interpreted
 
 pytest.importorskip("triton")
 
@@ -18,7 +13,6 @@ from quantkit.kernels.bench_cases import random_weight
 from quantkit.kernels.wide_hopper_launch import decoding_cost
 from quantkit.kernels.wide_hopper_plan import BK, BN, LEAST_ROWS, MOST_PARTS, TILES, choose, plan
 
-HERE = Path(__file__).parent
 UNITS = 132
 
 #: Medians on an H100 (docs/benchmarks/kernels-h100.md): N, K, M, us by the plan's tiles, us dequantized and by BLAS.
@@ -169,14 +163,5 @@ def test_parts_cover_k_once() -> None:
 
 
 def test_sums_of_parts_in_the_interpreter() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE.parents[1])}
-    done = subprocess.run(
-        [sys.executable, str(HERE / "wide_parts_cases.py")],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    results = json.loads(done.stdout.splitlines()[-1])
+    results = interpreted("wide_parts_cases.py")
     assert len(results) >= 8 and {case: r for case, r in results.items() if r != "equal"} == {}
