@@ -3,7 +3,7 @@
     python scripts/check_scaled_gpu.py [--seconds 60]
     TRITON_INTERPRET=1 python scripts/check_scaled_gpu.py --smoke      the same code with small sizes on a CPU
 
-The route is off by default; this run switches it on for itself. First products against float64 of the rounded
+Whatever the shipped thresholds are, this run sets its own. First products against float64 of the rounded
 operands, sums of many terms of one sign, and CUDA graphs; then times of an op (rounding and product) through
 `float8_native` and through torch, beside a dense bf16 product: medians in microseconds. The last lines say from how
 many rows on torch was faster in every measured shape, which is what `float8_tuning.SCALED_ROWS` and

@@ -5,7 +5,7 @@
     rounded activations          q(x) and its scales first (`float8_activation`), then
         M < NATIVE_ROWS          `float8_gemm` on the exact values of q: bound by the weight's bytes anyway
         larger, sm_89+           `float8_native`: both operands on the fp8 matrix unit
-        SCALED_ROWS and more     torch's scaled product, where it runs (`float8_scaled`); off by default
+        SCALED_ROWS and more     torch's scaled product, where it runs (`float8_scaled`)
         larger, other chips      q(x) times its scale, then as weights only
 
 dx = dy @ W is one fused product up to `tuning.FUSED_BACKWARD_ROWS` rows (`float8_backward`), then slices of W

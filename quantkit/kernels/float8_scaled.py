@@ -10,7 +10,7 @@ cuBLAS's manual says of "128-element 1D and 128x128 2D block scaling"). Scales t
 written out, because ROW asks both operands for vectors. The running sum is promoted to float32 every few
 products (`use_fast_accum=False`), as in `float8_native`, which answers everywhere else.
 
-Off until a device has run it: `float8_tuning.SCALED_ROWS` and `SCALED_BLOCK_ROWS` are None (ADR 0037).
+`float8_tuning.SCALED_ROWS` and `SCALED_BLOCK_ROWS` say from how many rows on (ADR 0037); None switches it off.
 """
 
 from __future__ import annotations

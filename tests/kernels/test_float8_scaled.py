@@ -127,8 +127,8 @@ def test_either_is_switched_on_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     [(PER_TENSOR, "fp8_static"), (PER_ROW, "fp8_static"), (PER_TENSOR, "fp8_token"), (PER_ROW, "fp8_token"),
      (TILES, "fp8_group128")],
 )  # fmt: skip
-def test_off_by_default(block: tuple[int, int], activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the number of rows, `float8_native` gets what the route covers and torch's product nothing."""
+def test_shipped_thresholds(block: tuple[int, int], activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the numbers measured on a device torch multiplies from 128 rows on, and `float8_native` before."""
     answer = torch.zeros(())
     native = mock.Mock(side_effect=lambda q, *_: answer.expand(q.shape[0], N))
     torchs = mock.Mock(side_effect=lambda q, *_, **__: answer.expand(q.shape[0], N))
@@ -143,11 +143,15 @@ def test_off_by_default(block: tuple[int, int], activation: str, monkeypatch: py
         float8.float8_linear(torch.zeros(m, K, dtype=torch.bfloat16), *weight)
         return native.call_count, torchs.call_count
 
-    assert linear(4096) == (0, 1)  # switched on by the fixture
     monkeypatch.setattr(float8_tuning, "SCALED_ROWS", DEFAULTS[0])
     monkeypatch.setattr(float8_tuning, "SCALED_BLOCK_ROWS", DEFAULTS[1])
-    for calls, m in enumerate((float8_tuning.NATIVE_ROWS, ROWS, BLOCK_ROWS, 4096, 65536), 1):
-        assert linear(m) == (calls, 1), m
+    assert linear(float8_tuning.NATIVE_ROWS) == (1, 0)
+    assert linear(127) == (2, 0)
+    assert linear(128) == (2, 1)
+    assert linear(4096) == (2, 2)
+    monkeypatch.setattr(float8_tuning, "SCALED_ROWS", None)
+    monkeypatch.setattr(float8_tuning, "SCALED_BLOCK_ROWS", None)
+    assert linear(4096) == (3, 2), "switched off"
 
 
 def test_biases() -> None:
