@@ -384,6 +384,7 @@ def wide_hopper_dx_kernel(
     TOGETHER: gl.constexpr,
     KIND: gl.constexpr,
     REGISTERS: gl.constexpr,
+    OTHERS: gl.constexpr,
 ):
     """dx `[M, K]` of dy `[M, N]`, units of codes int16 `[N, units of K]` and scales, zeros `[N / scale_rows, groups]`.
 
@@ -423,5 +424,5 @@ def wide_hopper_dx_kernel(
             (_prepare, (packed, buffers, sizes, plan, GROUP, BN, BM, BS, STAGES, TOGETHER, KIND)),
         ],
         [4, 1, 1],
-        [REGISTERS, 24, 24],
+        [REGISTERS, OTHERS, OTHERS],
     )
