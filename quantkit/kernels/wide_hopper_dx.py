@@ -4,7 +4,7 @@ The gradient of `wide_hopper`, whose way of giving out tiles, buffers and order 
 operand is W transposed: a tile is BN = 128 columns of W (rows of dx.T) by BM rows of dy, and a step is BS = 64 rows of W.
 
     one warp        copies dy [BM, BS] and codes [BS, BN columns] by TMA into STAGES buffers
-    one warp        makes float32 scales (and zeros) of the step's rows of W ready beside them
+    two warps       read scales and zeros of the step's rows of W, and make them ready beside them
     2 x 4 warps     decode 64 columns of W each, multiply them by all of dy's tile
 
 A register of the first operand holds two numbers of one column, from rows n and n + 1. Codes of a row lie side by
@@ -66,27 +66,21 @@ _LANE = gl.constexpr("mov.u32 $0, %laneid;")
 
 
 @gluon.constexpr_function
-def units_layout(kind, rows, inputs):
-    """Layout of units of codes `[units of `rows` columns, 2 or 1, inputs]` over 4 warps, as the operand wants them."""
+def units_layout(kind, columns, inputs):
+    """Layout `[units of all columns, 2 or 1, inputs]` of units of codes over 4 warps, as the operand wants them."""
     registers = [[0, 0, 1]] + [[0, 0, 8 << i] for i in range((inputs // 8).bit_length() - 1)]
     lanes = [[0, 0, 2], [0, 0, 4], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
     if bits_of(kind) == 4:
         return gl.DistributedLinearLayout(
-            registers, lanes, [[0, 1, 0], [8, 0, 0]], [], [rows // 4, 2, inputs]
+            registers, lanes, [[0, 1, 0], [8, 0, 0]], [], [columns // 4, 2, inputs]
         )
-    return gl.DistributedLinearLayout(registers, lanes, [[8, 0, 0], [16, 0, 0]], [], [rows // 2, 1, inputs])
+    return gl.DistributedLinearLayout(registers, lanes, [[8, 0, 0], [16, 0, 0]], [], [columns // 2, 1, inputs])
 
 
 @gluon.constexpr_function
 def sets_of(group, bn):
     """How many groups a tile's BN columns may lie in: its halves have one each, or share one."""
     return 1 if group % bn == 0 else 2
-
-
-@gluon.constexpr_function
-def arrays_of(kind):
-    """Numbers that a row of W and group has in shared memory."""
-    return 3 if is_affine(kind) else 1
 
 
 @gluon.jit
@@ -103,7 +97,7 @@ def _copy(
     TOGETHER: gl.constexpr,
 ):
     """The warp that copies. N is walked in pairs of steps; TMA fills with zeros what lies outside."""
-    dy_s, w_s, _, _, full, empty = buffers
+    dy_s, w_s, _, _, _, full, empty = buffers
     M, N, K, _, _ = sizes
     UNIT: gl.constexpr = BN // w_desc.block_type.shape[1]
     stage = 0
@@ -120,50 +114,64 @@ def _copy(
 
 
 @gluon.jit
-def _load_group(
+def _load_groups(
     packed, sizes, k0, step, BN: gl.constexpr, BS: gl.constexpr, GROUP: gl.constexpr, KIND: gl.constexpr
 ):
-    """Scales and zeros of a step's rows of W, of the groups of both halves of the tile."""
+    """Scales and zeros of a step's rows of W, for the groups of both halves of the tile."""
     scale_ptr, zero_ptr, _, _ = packed
     _, N, K, groups, scale_rows = sizes
-    LINE: gl.constexpr = gl.BlockedLayout([BS // 32], [32], [1], [0])
+    LINE: gl.constexpr = gl.BlockedLayout([1], [32], [BS // 32], [0])
     at = gl.minimum(step * BS + gl.arange(0, BS, LINE), N - 1) // scale_rows * groups
     g = at
-    other = at
     if GROUP > 0:
         g = at + k0 // GROUP
-        other = at + gl.minimum((k0 + BN // 2) // GROUP, groups - 1)
     scale = gl.load(scale_ptr + g)
     zero = scale
     if is_affine(KIND):
         zero = gl.load(zero_ptr + g)
-    scale_2 = scale
-    zero_2 = zero
+    other_scale = scale
+    other_zero = zero
     if sets_of(GROUP, BN) == 2:
-        scale_2 = gl.load(scale_ptr + other)
-        zero_2 = scale_2
+        g = at + gl.minimum((k0 + BN // 2) // GROUP, groups - 1)
+        other_scale = gl.load(scale_ptr + g)
+        other_zero = other_scale
         if is_affine(KIND):
-            zero_2 = gl.load(zero_ptr + other)
-    return scale, zero, scale_2, zero_2
+            other_zero = gl.load(zero_ptr + g)
+    return scale, zero, other_scale, other_zero
 
 
 @gluon.jit
-def _store_group(f_s, at, scale, zero, KIND: gl.constexpr):
-    """What `_decode` needs of one group of every row of W: scale, and what the first and second code take."""
-    s = scale.to(gl.float32)
-    f_s.index(at).store(s)
+def _store_group(s_s, z_s, at, scale, zero, KIND: gl.constexpr):
+    """What `_decode` needs of a group: scale, and what the first code of a pair takes."""
+    s_s.index(at).store(scale)
     if is_affine(KIND):
-        OFFSETS: gl.constexpr = offsets(KIND)
         first = zero.to(gl.float32)
-        second = first
         if zero.dtype.is_int():
-            first = first + OFFSETS[0]
-            second = second + OFFSETS[1]
+            first = first + offsets(KIND)[0]
         if one_addition(KIND, scale.dtype, zero.dtype):
-            first = -first * s
-            second = -second * s
-        f_s.index(at + 1).store(first)
-        f_s.index(at + 2).store(second)
+            first = -first * scale.to(gl.float32)
+        z_s.index(at).store(first)
+
+
+@gluon.jit
+def _give(
+    given,
+    buffers,
+    stage,
+    phase,
+    SETS: gl.constexpr,
+    STAGES: gl.constexpr,
+    KIND: gl.constexpr,
+):
+    """The next free buffer gets a step's scales and zeros."""
+    _, _, s_s, z_s, _, full, empty = buffers
+    scale, zero, other_scale, other_zero = given
+    mbarrier.wait(empty.index(stage), phase)
+    _store_group(s_s, z_s, stage * SETS, scale, zero, KIND)
+    if SETS == 2:
+        _store_group(s_s, z_s, stage * SETS + 1, other_scale, other_zero, KIND)
+    mbarrier.arrive(full.index(stage), count=1)
+    return _advance(stage, phase, STAGES)
 
 
 @gluon.jit
@@ -180,44 +188,38 @@ def _prepare(
     TOGETHER: gl.constexpr,
     KIND: gl.constexpr,
 ):
-    """The warp that reads scales and zeros, two steps ahead."""
-    _, _, f_s, _, full, empty = buffers
+    """The warps that read scales and zeros, four steps ahead: a step of few rows takes half of memory's latency."""
     M, N, K, _, _ = sizes
     SETS: gl.constexpr = sets_of(GROUP, BN)
-    EACH: gl.constexpr = arrays_of(KIND)
     stage = 0
     phase = 1
     for u in range(gl.program_id(0), _units(plan, M, K, BN, BM), gl.num_programs(0)):
         k0, m0, begin, end = _unit(u, plan, M, K, N, BN, BM, BS, TOGETHER)
-        s0, z0, t0, y0 = _load_group(packed, sizes, k0, begin, BN, BS, GROUP, KIND)
-        s1, z1, t1, y1 = _load_group(packed, sizes, k0, begin + 1, BN, BS, GROUP, KIND)
-        for i in range(begin, end, 2):
-            mbarrier.wait(empty.index(stage), phase)
-            _store_group(f_s, stage * SETS * EACH, s0, z0, KIND)
-            if SETS == 2:
-                _store_group(f_s, stage * SETS * EACH + EACH, t0, y0, KIND)
-            mbarrier.arrive(full.index(stage), count=1)
-            stage, phase = _advance(stage, phase, STAGES)
-            s0, z0, t0, y0 = _load_group(packed, sizes, k0, i + 2, BN, BS, GROUP, KIND)
-            mbarrier.wait(empty.index(stage), phase)
-            _store_group(f_s, stage * SETS * EACH, s1, z1, KIND)
-            if SETS == 2:
-                _store_group(f_s, stage * SETS * EACH + EACH, t1, y1, KIND)
-            mbarrier.arrive(full.index(stage), count=1)
-            stage, phase = _advance(stage, phase, STAGES)
-            s1, z1, t1, y1 = _load_group(packed, sizes, k0, i + 3, BN, BS, GROUP, KIND)
+        g0 = _load_groups(packed, sizes, k0, begin, BN, BS, GROUP, KIND)
+        g1 = _load_groups(packed, sizes, k0, begin + 1, BN, BS, GROUP, KIND)
+        g2 = _load_groups(packed, sizes, k0, begin + 2, BN, BS, GROUP, KIND)
+        g3 = _load_groups(packed, sizes, k0, begin + 3, BN, BS, GROUP, KIND)
+        for i in range(begin, end, 4):
+            stage, phase = _give(g0, buffers, stage, phase, SETS, STAGES, KIND)
+            g0 = _load_groups(packed, sizes, k0, i + 4, BN, BS, GROUP, KIND)
+            stage, phase = _give(g1, buffers, stage, phase, SETS, STAGES, KIND)
+            g1 = _load_groups(packed, sizes, k0, i + 5, BN, BS, GROUP, KIND)
+            if i + 2 < end:
+                stage, phase = _give(g2, buffers, stage, phase, SETS, STAGES, KIND)
+                g2 = _load_groups(packed, sizes, k0, i + 6, BN, BS, GROUP, KIND)
+                stage, phase = _give(g3, buffers, stage, phase, SETS, STAGES, KIND)
+                g3 = _load_groups(packed, sizes, k0, i + 7, BN, BS, GROUP, KIND)
 
 
 @gluon.jit
-def _factor(f_s, at, LAYOUT: gl.constexpr):
-    line = f_s.index(at).load(gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
+def _factor(lines, at, LAYOUT: gl.constexpr):
+    line = lines.index(at).load(gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
     return gl.expand_dims(gl.expand_dims(line, 0), 1)
 
 
 @gluon.jit
 def _decode(
-    w_s,
-    f_s,
+    buffers,
     stage,
     table,
     ZERO: gl.constexpr,
@@ -230,7 +232,7 @@ def _decode(
     PART: gl.constexpr,
 ):
     """Half PART of a step's columns of W as the first operand `[64 columns, BS]`."""
-    EACH: gl.constexpr = arrays_of(KIND)
+    _, w_s, s_s, z_s, _, _, _ = buffers
     HALF: gl.constexpr = w_s.shape[2] // 2
     words = w_s.index(stage).slice(PART * HALF, HALF, 1).permute((1, 0)).load(gl.SliceLayout(1, LAYOUT))
     words = gl.expand_dims(words, 1)
@@ -252,21 +254,22 @@ def _decode(
     if KIND != FLOAT8:
         first = first.to(gl.float32, bitcast=True)
         second = second.to(gl.float32, bitcast=True)
-    at = (stage * SETS + (PART if SETS == 2 else 0)) * EACH
-    scale = _factor(f_s, at, LAYOUT)
+    at = stage * SETS + (PART if SETS == 2 else 0)
+    scale = _factor(s_s, at, LAYOUT).to(gl.float32)
     if is_affine(KIND):
         OFFSETS: gl.constexpr = offsets(KIND)
-        zero_1 = _factor(f_s, at + 1, LAYOUT)
-        zero_2 = _factor(f_s, at + 2, LAYOUT)
+        STEP: gl.constexpr = OFFSETS[0] - OFFSETS[1]
+        zero = _factor(z_s, at, LAYOUT)
         if one_addition(KIND, SCALE, ZERO):
-            first = gl.fma(first, scale, zero_1)
-            second = gl.fma(second, scale, zero_2)
+            first = gl.fma(first, scale, zero)
+            # Exact: both are a product of few bits (see `wide_hopper_decode`).
+            second = gl.fma(second, scale, zero if STEP == 0 else gl.fma(scale, STEP, zero))
         elif ZERO.is_int():
-            first = (first - zero_1) * scale
-            second = (second - zero_2) * scale
+            first = (first - zero) * scale
+            second = (second - (zero - STEP)) * scale
         else:
-            first = (first - OFFSETS[0] - zero_1) * scale
-            second = (second - OFFSETS[1] - zero_2) * scale
+            first = (first - OFFSETS[0] - zero) * scale
+            second = (second - OFFSETS[1] - zero) * scale
     else:
         first = first * scale
         second = second * scale
@@ -303,7 +306,7 @@ def _multiply(
 ):
     """Warpgroup PART: its half of the columns of every tile of W."""
     scale_ptr, zero_ptr, lut_ptr, parts_ptr = packed
-    dy_s, w_s, f_s, y_s, full, empty = buffers
+    dy_s, _, _, _, y_s, full, empty = buffers
     M, N, K, _, _ = sizes
     DTYPE: gl.constexpr = dy_s.dtype
     ROWS: gl.constexpr = BN // 2
@@ -324,14 +327,14 @@ def _multiply(
     for u in range(gl.program_id(0), _units(plan, M, K, BN, BM), gl.num_programs(0)):
         k0, m0, begin, end = _unit(u, plan, M, K, N, BN, BM, BS, TOGETHER)
         mbarrier.wait(full.index(stage), phase)
-        a = _decode(w_s, f_s, stage, table, ZERO, SCALE, SETS, KIND, DTYPE, LAYOUT, OPERAND, PART)
+        a = _decode(buffers, stage, table, ZERO, SCALE, SETS, KIND, DTYPE, LAYOUT, OPERAND, PART)
         acc = gl.zeros((ROWS, BM), gl.float32, SUM)
         for i in range(begin, end, 2):
             acc = warpgroup_mma(a, dy_s.index(stage).permute((1, 0)), acc, is_async=True)
             one = stage
             stage, phase = _advance(stage, phase, STAGES)
             mbarrier.wait(full.index(stage), phase)
-            a = _decode(w_s, f_s, stage, table, ZERO, SCALE, SETS, KIND, DTYPE, LAYOUT, OPERAND, PART)
+            a = _decode(buffers, stage, table, ZERO, SCALE, SETS, KIND, DTYPE, LAYOUT, OPERAND, PART)
 
             acc = warpgroup_mma(a, dy_s.index(stage).permute((1, 0)), acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=(acc,))
@@ -340,7 +343,7 @@ def _multiply(
             other_phase = phase
             stage, phase = _advance(stage, phase, STAGES)
             mbarrier.wait(full.index(stage), phase, pred=i + 2 < end)
-            a = _decode(w_s, f_s, stage, table, ZERO, SCALE, SETS, KIND, DTYPE, LAYOUT, OPERAND, PART)
+            a = _decode(buffers, stage, table, ZERO, SCALE, SETS, KIND, DTYPE, LAYOUT, OPERAND, PART)
             mbarrier.wait(full.index(other), other_phase)  # passed before: it ends the basic block
             acc, a = warpgroup_mma_wait(0, deps=(acc, a))
             mbarrier.arrive(empty.index(other), count=1)
@@ -393,12 +396,12 @@ def wide_hopper_dx_kernel(
     Grid: (min(multiprocessors, units of work),); 4 warps.
     """
     UNITS: gl.constexpr = w_desc.block_type.shape[1]
-    FACTORS: gl.constexpr = sets_of(GROUP, BN) * arrays_of(KIND)
+    LINES: gl.constexpr = STAGES * sets_of(GROUP, BN)
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     dy_s = gl.allocate_shared_memory(dy_desc.dtype, [STAGES, BM, BS], dy_desc.layout)
     w_s = gl.allocate_shared_memory(gl.int16, [STAGES, BS, UNITS], w_desc.layout)
-    f_s = gl.allocate_shared_memory(
-        gl.float32, [STAGES * FACTORS, BS], gl.SwizzledSharedLayout(1, 1, 1, [0])
-    )
+    s_s = gl.allocate_shared_memory(scale_ptr.dtype.element_ty, [LINES, BS], FLAT)
+    z_s = gl.allocate_shared_memory(gl.float32, [LINES if is_affine(KIND) else 1, BS], FLAT)
     y_s = gl.allocate_shared_memory(dy_desc.dtype, [2, BM, BN // 2], dx_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -407,7 +410,7 @@ def wide_hopper_dx_kernel(
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
     packed = (scale_ptr, zero_ptr, lut_ptr, parts_ptr)
-    buffers = (dy_s, w_s, f_s, y_s, full, empty)
+    buffers = (dy_s, w_s, s_s, z_s, y_s, full, empty)
     sizes = (M, N, K, groups, scale_rows)
     plan = (whole, parts, each)
     gl.warp_specialize(
@@ -423,6 +426,6 @@ def wide_hopper_dx_kernel(
             (_copy, (dy_desc, w_desc, buffers, sizes, plan, BN, BM, BS, STAGES, TOGETHER)),
             (_prepare, (packed, buffers, sizes, plan, GROUP, BN, BM, BS, STAGES, TOGETHER, KIND)),
         ],
-        [4, 1, 1],
+        [4, 1, 2],
         [REGISTERS, OTHERS, OTHERS],
     )

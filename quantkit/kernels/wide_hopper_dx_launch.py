@@ -116,8 +116,8 @@ def launch_dx(grad: Tensor, weight: LaunchWeight, k: int, chosen: Plan) -> Tenso
 @cache
 def stages(kind: Kind, group: int, rows: int) -> int:
     """Buffers of one step with `rows` rows of dy: those of `wide_hopper`, or as many as fit."""
-    arrays = (3 if kind in ("affine4", "affine8") else 1) * (1 if group % BN == 0 else 2)
-    step = BS * (rows * 2 + BN * bits(kind) // 8 + arrays * 4) + 16
+    factors = (8 if kind in ("affine4", "affine8") else 4) * (1 if group % BN == 0 else 2)
+    step = BS * (rows * 2 + BN * bits(kind) // 8 + factors) + 16
     return min(TILES[rows].stages, (SHARED - 1024 - rows * BN * 2) // step)
 
 
