@@ -17,15 +17,16 @@ BN, BK = 128, 64
 class Tile(NamedTuple):
     """Of some rows of x."""
 
-    stages: int  #: buffers of one step (of 4 or 8 bits they fit in 227 KB beside the result's)
-    step: float  #: us per step of BK inputs, 4 bits in groups of 128
+    stages: int  #: buffers of one step
+    step: float  #: us that a block takes for a step of BK inputs, 4 bits in groups of 128
+    blocks: int = 1  #: on a multiprocessor at once
 
 
 #: By rows of x per tile.
 TILES = {
-    16: Tile(12, 0.32),
-    32: Tile(12, 0.34),
-    64: Tile(12, 0.36),
+    16: Tile(6, 0.40, 2),
+    32: Tile(6, 0.42, 2),
+    64: Tile(6, 0.46, 2),
     128: Tile(8, 0.475),
     256: Tile(4, 0.72),
 }
@@ -54,22 +55,25 @@ class Plan(NamedTuple):
     whole: int  #: tiles that run through all of K; those behind them are cut
     parts: int  #: into so many parts
     each: int  #: of so many steps of BK inputs
-    units: int  #: multiprocessors
-    waves: float  #: time of all of it over the time of a tile
+    blocks: int  #: at once
+    us: float  #: that all of it takes, with 4 bits in groups of 128
 
 
 def cut(m: int, n: int, k: int, units: int, rows: int, parts: int) -> Plan:
     """The plan with tiles of `rows` rows of x, those of the last wave in (at most) `parts` parts of K."""
+    tile = TILES[rows]
+    blocks = units * tile.blocks
     tiles = cdiv(n, BN) * cdiv(m, rows)
-    left, turns = tiles % units, cdiv(k, 2 * BK)
+    left, turns = tiles % blocks, cdiv(k, 2 * BK)
     whole, each = tiles - left, cdiv(turns, parts)
     parts = cdiv(turns, each)
+    full = 2 * turns * tile.step
     if not left or parts == 1:
-        return Plan(rows, tiles, 1, 2 * turns, units, whole / units + (1 if left else 0))
-    rounds = cdiv(left * parts, units)
+        return Plan(rows, tiles, 1, 2 * turns, blocks, cdiv(tiles, blocks) * full)
+    rounds = cdiv(left * parts, blocks)
     cutting = SECOND_PASS + PER_ROUND * rounds + PER_ROW * rows * left * parts
-    waves = whole / units + rounds * each / turns + cutting / (2 * turns * TILES[rows].step)
-    return Plan(rows, whole, parts, 2 * each, units, waves)
+    us = whole // blocks * full + rounds * 2 * each * tile.step + cutting
+    return Plan(rows, whole, parts, 2 * each, blocks, us)
 
 
 @lru_cache(maxsize=4096)
@@ -77,12 +81,16 @@ def plan(m: int, n: int, k: int, units: int) -> Plan:
     """Whole waves of tiles, and the parts that the tiles left over take the least time in.
 
     A wave that is 40 % full takes as long as a full one; cut into two parts of K each, its tiles take half of that and
-    a second pass over their sums.
+    a second pass over their sums. Lower tiles than needed fill waves better and decode W more often.
     """
-    rows = next((rows for rows in TILES if rows >= m), max(TILES))
-    return min(
-        (cut(m, n, k, units, rows, parts) for parts in range(1, MOST_PARTS + 1)), key=lambda p: p.waves
+    most = next((rows for rows in TILES if rows >= m), max(TILES))
+    candidates = (
+        cut(m, n, k, units, rows, parts)
+        for rows in TILES
+        if most // 2 <= rows <= most
+        for parts in range(1, MOST_PARTS + 1)
     )
+    return min(candidates, key=lambda p: p.us)
 
 
 def choose(m: int, n: int, k: int, cost: float, units: int) -> Plan | None:
@@ -97,5 +105,6 @@ def choose(m: int, n: int, k: int, cost: float, units: int) -> Plan | None:
     chosen = plan(m, n, k, units)
     if m <= FUSED_ROWS:
         return chosen if n * k >= (FEW if m <= ROWS else LEAST) else None
+    wave = cdiv(k, 2 * BK) * 2 * TILES[256].step
     filled = m * n / (256 * BN * units)
-    return chosen if chosen.waves * cost - filled < n / DEQUANTIZED_PER_WAVE else None
+    return chosen if chosen.us * cost < (filled + n / DEQUANTIZED_PER_WAVE) * wave else None
