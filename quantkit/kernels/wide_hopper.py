@@ -249,7 +249,6 @@ def wide_hopper_kernel(
     KIND: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     REGISTERS: gl.constexpr,
-    OTHERS: gl.constexpr,
 ):
     """y `[M, N]` of x `[M, K]`, words of codes `[N, words of K]` and scales, zeros `[N / scale_rows, groups]`.
 
@@ -313,5 +312,5 @@ def wide_hopper_kernel(
             (_copy, (x_desc, w_desc, buffers, sizes, plan, BN, BM, BK, STAGES, TOGETHER)),
         ],
         [4, 1],
-        [REGISTERS, OTHERS],
+        [REGISTERS, 24],
     )

@@ -20,10 +20,10 @@ from quantkit.kernels.wide_hopper_plan import BN, TILES, Plan
 
 #: Rows of W per step; columns of W in a unit of 16 bits are 16 / bits.
 BS = 64
-#: As `wide_hopper_launch.REGISTERS`.
-REGISTERS = {1: (168, 232, 40), 2: (80, 104, 32)}
-#: Bytes of shared memory of a multiprocessor, and of them that each block takes beside its own.
-SHARED, PER_BLOCK = 233472, 1024
+#: Registers that a thread starts with, that a multiplying one gets, and one that copies or reads scales.
+REGISTERS, OF_PRODUCTS, OF_OTHERS = 168, 232, 40
+#: Bytes of shared memory that a block may have.
+SHARED = 232448
 
 #: (device, dtypes, alignment, constants) -> the compiled kernel. (Not by `launch.launch`: ADR 0026.)
 _compiled: dict[tuple[Any, ...], Any] = {}
@@ -68,10 +68,9 @@ def launch_dx(grad: Tensor, weight: LaunchWeight, k: int, chosen: Plan) -> Tenso
     unit = 16 // bits(kind)
     units = codes.view(torch.int16)
     of_rows, of_units = layouts(kind)
-    bm, whole, parts, each, blocks, _ = chosen
-    registers, of_products, of_others = REGISTERS[TILES[bm].blocks]
+    bm, whole, parts, each, multiprocessors, _ = chosen
     cut = cdiv(k, BN) * cdiv(m, bm) - whole
-    grid = (min(blocks, whole + cut * parts), 1, 1)
+    grid = (min(multiprocessors, whole + cut * parts), 1, 1)
     sums = grad.new_empty((cut, parts, bm, BN), dtype=torch.float32) if cut else out
     pointers = (
         scale,
@@ -101,14 +100,14 @@ def launch_dx(grad: Tensor, weight: LaunchWeight, k: int, chosen: Plan) -> Tenso
         stages(kind, group, bm),
         TOGETHER,
         KINDS[kind],
-        of_products,
-        of_others,
+        OF_PRODUCTS,
+        OF_OTHERS,
     )
     key = (grad.device, grad.dtype, constants, *[(p.dtype, p.data_ptr() & 15 == 0) for p in pointers])
     if (found := _compiled.get(key)) is not None:
         found[grid](*arguments, *constants)
     else:
-        _compiled[key] = wide_hopper_dx_kernel[grid](*arguments, *constants, num_warps=4, maxnreg=registers)
+        _compiled[key] = wide_hopper_dx_kernel[grid](*arguments, *constants, num_warps=4, maxnreg=REGISTERS)
     if cut:
         sum_parts(sums, None, out, whole)
     return out if perm is None else torch.empty_like(out).index_copy_(1, perm, out)
@@ -119,8 +118,7 @@ def stages(kind: Kind, group: int, rows: int) -> int:
     """Buffers of one step with `rows` rows of dy: those of `wide_hopper`, or as many as fit."""
     factors = (8 if kind in ("affine4", "affine8") else 4) * (1 if group % BN == 0 else 2)
     step = BS * (rows * 2 + BN * bits(kind) // 8 + factors) + 16
-    blocks = TILES[rows].blocks
-    return min(TILES[rows].stages, (SHARED // blocks - 2 * PER_BLOCK - rows * BN * 2) // step)
+    return min(TILES[rows].stages, (SHARED - 1024 - rows * BN * 2) // step)
 
 
 @cache

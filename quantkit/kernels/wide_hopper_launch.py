@@ -23,9 +23,8 @@ from quantkit.kernels.wide_hopper_plan import BK, BN, TILES, Plan, choose
 
 #: Tiles of W that share the L2 cache.
 TOGETHER = 8
-#: By blocks on a multiprocessor: registers that a thread starts with, that a multiplying one gets, and that another one
-#: gets. Three warpgroups a block share 65536.
-REGISTERS = {1: (168, 240, 24), 2: (80, 104, 32)}
+#: Registers that a thread starts with, and that a multiplying one gets: three warpgroups share 65536.
+REGISTERS, OF_PRODUCTS = 168, 240
 #: Rows of y that a program of the second pass adds up.
 ROWS_OF_SUMS = 16
 #: The decodings of `wide_hopper_kernel`: its `KIND`, as `wide_hopper_decode` (which imports Gluon) names them.
@@ -113,11 +112,9 @@ def launch_wide(x: Tensor, weight: LaunchWeight, bias: Tensor | None, chosen: Pl
     words = codes.view(torch.int32)
     of_x, of_words, of_y = layouts(kind)
     row, width = k * bits(kind) // 32, BK * bits(kind) // 32  # words of K inputs, of a step
-    bm, whole, parts, each, blocks, _ = chosen
-    tile = TILES[bm]
-    registers, of_products, of_others = REGISTERS[tile.blocks]
+    bm, whole, parts, each, units, _ = chosen
     cut = cdiv(n, BN) * cdiv(m, bm) - whole
-    grid = (min(blocks, whole + cut * parts), 1, 1)
+    grid = (min(units, whole + cut * parts), 1, 1)
     sums = x.new_empty((cut, parts, bm, BN), dtype=torch.float32) if cut else out
     pointers = (
         scale,
@@ -145,19 +142,18 @@ def launch_wide(x: Tensor, weight: LaunchWeight, bias: Tensor | None, chosen: Pl
         BN,
         bm,
         BK,
-        tile.stages,
+        TILES[bm].stages,
         TOGETHER,
         KINDS[kind],
         bias is not None,
-        of_products,
-        of_others,
+        OF_PRODUCTS,
     )
     # What Triton compiles for (no integers): looking it up there takes longer than some products.
     key = (x.device, x.dtype, constants, *[(p.dtype, p.data_ptr() & 15 == 0) for p in pointers])
     if (found := _compiled.get(key)) is not None:
         found[grid](*arguments, *constants)
     else:
-        _compiled[key] = wide_hopper_kernel[grid](*arguments, *constants, num_warps=4, maxnreg=registers)
+        _compiled[key] = wide_hopper_kernel[grid](*arguments, *constants, num_warps=4, maxnreg=REGISTERS)
     if cut:
         sum_parts(sums, bias, out, whole)
     return out

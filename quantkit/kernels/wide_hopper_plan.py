@@ -17,18 +17,18 @@ BN, BK = 128, 64
 class Tile(NamedTuple):
     """Of some rows of x."""
 
-    stages: int  #: buffers of one step
-    step: float  #: us that a block takes for a step of BK inputs, 4 bits in groups of 128
-    blocks: int = 1  #: on a multiprocessor at once
+    stages: int  #: buffers of one step (of 4 or 8 bits they fit in 227 KB beside the result's)
+    step: float  #: us per step of BK inputs, 4 bits in groups of 128
+    dx_step: float  #: the same of the gradient's tile, whose columns of W are the inputs here
 
 
 #: By rows of x per tile.
 TILES = {
-    16: Tile(6, 0.40, 2),
-    32: Tile(6, 0.42, 2),
-    64: Tile(6, 0.46, 2),
-    128: Tile(8, 0.475),
-    256: Tile(4, 0.72),
+    16: Tile(12, 0.32, 0.37),
+    32: Tile(12, 0.34, 0.38),
+    64: Tile(12, 0.36, 0.42),
+    128: Tile(8, 0.49, 0.55),
+    256: Tile(4, 0.72, 0.87),
 }
 #: Most parts of K that a tile of the last wave is cut into, and what that costs: us for the second pass, for each
 #: part that a multiprocessor begins, and for a row of a part's sums.
@@ -55,39 +55,37 @@ class Plan(NamedTuple):
     whole: int  #: tiles that run through all of K; those behind them are cut
     parts: int  #: into so many parts
     each: int  #: of so many steps of BK inputs
-    blocks: int  #: at once
+    units: int  #: multiprocessors
     us: float  #: that all of it takes, with 4 bits in groups of 128
 
 
-def cut(m: int, n: int, k: int, units: int, rows: int, parts: int) -> Plan:
+def cut(m: int, n: int, k: int, units: int, rows: int, parts: int, gradient: bool = False) -> Plan:
     """The plan with tiles of `rows` rows of x, those of the last wave in (at most) `parts` parts of K."""
-    tile = TILES[rows]
-    blocks = units * tile.blocks
     tiles = cdiv(n, BN) * cdiv(m, rows)
-    left, turns = tiles % blocks, cdiv(k, 2 * BK)
+    left, turns = tiles % units, cdiv(k, 2 * BK)
     whole, each = tiles - left, cdiv(turns, parts)
     parts = cdiv(turns, each)
-    full = 2 * turns * tile.step
+    step = TILES[rows].dx_step if gradient else TILES[rows].step
     if not left or parts == 1:
-        return Plan(rows, tiles, 1, 2 * turns, blocks, cdiv(tiles, blocks) * full)
-    rounds = cdiv(left * parts, blocks)
+        return Plan(rows, tiles, 1, 2 * turns, units, cdiv(tiles, units) * 2 * turns * step)
+    rounds = cdiv(left * parts, units)
     cutting = SECOND_PASS + PER_ROUND * rounds + PER_ROW * rows * left * parts
-    us = whole // blocks * full + rounds * 2 * each * tile.step + cutting
-    return Plan(rows, whole, parts, 2 * each, blocks, us)
+    us = (whole // units * turns + rounds * each) * 2 * step + cutting
+    return Plan(rows, whole, parts, 2 * each, units, us)
 
 
 @lru_cache(maxsize=4096)
-def plan(m: int, n: int, k: int, units: int) -> Plan:
-    """Whole waves of tiles, and the parts that the tiles left over take the least time in.
+def plan(m: int, n: int, k: int, units: int, gradient: bool = False) -> Plan:
+    """The tiles, and the parts that those of the last wave are cut into, that take the least time.
 
     A wave that is 40 % full takes as long as a full one; cut into two parts of K each, its tiles take half of that and
-    a second pass over their sums. Lower tiles than needed fill waves better and decode W more often.
+    a second pass over their sums. Tiles of half the rows fill waves better, and decode W twice as often.
     """
     most = next((rows for rows in TILES if rows >= m), max(TILES))
     candidates = (
-        cut(m, n, k, units, rows, parts)
+        cut(m, n, k, units, rows, parts, gradient)
         for rows in TILES
-        if most // 2 <= rows <= most
+        if rows in (most // 2, most)
         for parts in range(1, MOST_PARTS + 1)
     )
     return min(candidates, key=lambda p: p.us)
