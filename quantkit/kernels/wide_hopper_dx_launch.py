@@ -25,6 +25,8 @@ REGISTERS, OF_PRODUCTS, OF_OTHERS = 168, 232, 40
 #: Bytes of shared memory that a block may have.
 SHARED = 232448
 
+#: What the kernel decodes.
+DECODED: tuple[Kind, ...] = ("affine4", "affine8", "codebook", "float8")
 #: (device, dtypes, alignment, constants) -> the compiled kernel. (Not by `launch.launch`: ADR 0026.)
 _compiled: dict[tuple[Any, ...], Any] = {}
 
@@ -37,7 +39,7 @@ def covers(grad: Tensor, weight: LaunchWeight, k: int) -> bool:
     """
     codes, scale, zero, lut = weight.codes, weight.scale, weight.zero, weight.lut
     return (
-        weight.kind in KINDS
+        weight.kind in DECODED
         and grad.device.type != "meta"
         and device.target() == ("cuda", 90)
         and grad.dtype in (torch.float16, torch.bfloat16)

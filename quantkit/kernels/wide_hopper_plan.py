@@ -28,7 +28,7 @@ TILES = {
     32: Tile(12, 0.34, 0.38),
     64: Tile(12, 0.36, 0.42),
     128: Tile(8, 0.49, 0.55),
-    256: Tile(4, 0.72, 0.87),
+    256: Tile(4, 0.72, 0.92),
 }
 #: Most parts of K that a tile of the last wave is cut into, and what that costs: us for the second pass, for each
 #: part that a multiprocessor begins, and for a row of a part's sums.
