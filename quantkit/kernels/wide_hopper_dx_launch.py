@@ -38,6 +38,7 @@ def covers(grad: Tensor, weight: LaunchWeight, k: int) -> bool:
     codes, scale, zero, lut = weight.codes, weight.scale, weight.zero, weight.lut
     return (
         weight.kind in KINDS
+        and bits(weight.kind) >= 4  # no decoding of planes here
         and grad.device.type != "meta"
         and device.target() == ("cuda", 90)
         and grad.dtype in (torch.float16, torch.bfloat16)
