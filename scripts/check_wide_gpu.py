@@ -21,12 +21,14 @@ from quantkit.kernels import launch, launch_weight, ops, sliced, wide_hopper_lau
 from quantkit.kernels.bench_cases import random_weight
 from quantkit.kernels.wide_hopper_plan import cut, plan
 
-#: Groups of a step, of a turn (two steps), longer, of a row; float zeros; tails of N; odd numbers of steps.
+#: Groups of a step, of a turn (two steps), longer, of a row; float zeros; tails of N; odd numbers of steps and turns.
 CASES = (
     ("affine-4g128", 264, 640), ("affine-4g64", 520, 576), ("hqq-4g64", 1032, 1024), ("affine-4g192", 64, 192),
     ("affine-4g1024", 256, 1024), ("nf4", 264, 576), ("affine-8g128", 264, 640), ("affine-8g64", 520, 576),
     ("hqq-8g64", 1032, 1024), ("affine-8g192", 64, 192), ("fp8-tensor", 264, 576), ("fp8-channel", 520, 640),
-    ("fp8-block", 392, 512), ("affine-4g128", 4096, 4096),
+    ("fp8-block", 392, 512), ("affine-4g128", 4096, 4096), ("affine-3g128", 264, 640), ("affine-3g64", 520, 384),
+    ("hqq-3g64", 1032, 1024), ("affine-3g192", 64, 384), ("affine-3g640", 264, 640), ("affine-3g64", 392, 128),
+    ("affine-3g128", 4096, 4096), ("affine-2g64", 520, 576), ("hqq-2g64", 264, 640), ("ternary", 1032, 1024),
 )  # fmt: skip
 #: Rows of x, of x per tile, parts of K.
 PLANS = (
@@ -41,7 +43,7 @@ def check(form: str, n: int, k: int, dtype: torch.dtype) -> str:
     """One weight by every plan; what went wrong or the worst error."""
     device = torch.device("cuda")
     packed, units, worst = random_weight(form, n, k, device), sliced.multiprocessors(device), 0.0
-    if form.startswith("affine-8"):  # the scale's dtype chooses the arithmetic
+    if form.startswith(("affine-8", "affine-3g64")):  # the scale's dtype chooses the arithmetic
         packed = replace(packed, scale=packed.scale.to(dtype))
     weight, dense = launch_weight.of(packed), dequantize(packed, dtype)
     # Scales of whole rows of float8 are left to the sums: W itself is not rounded.

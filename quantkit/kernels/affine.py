@@ -3,7 +3,8 @@
     M = 1               `gemv`, where it covers the weight (4 and 3 bits)
     M = 2 .. 8          `few_rows`, likewise
     M <= FUSED_ROWS     `affine_gemm`, `affine_gemm_wide`: codes to tensor cores, no dense weight anywhere
-    M = 17 .. 3072      `wide_hopper` on sm_90, where it covers the weight and measured faster (4 and 8 bits)
+    M = 17 .. 3072      `wide_hopper` on sm_90, where it covers the weight and measured faster (not 1 bit; 2 and 3
+                        bits by the costs measured for 4)
     larger              W, or a slice of it at a time, is dequantized and the vendor's BLAS multiplies
 
 and the same two routes for dx = dy @ W. The functions have the ops' names and arguments

@@ -3,7 +3,8 @@
 A tile is BN = 128 rows of W by BM = 256 rows of x. `wgmma` takes its first operand from registers, which is
 where codes become numbers, and its second, x, from shared memory:
 
-    one warp        copies x [BM, BK] and codes [BN, BK / 8 words] by TMA into STAGES buffers
+    one warp        copies x [BM, BK] and codes [BN, BK / 8 words] by TMA into STAGES buffers (2 and 3 bits: two steps'
+                    codes at once, into half as many)
     2 x 4 warps     decode 64 rows of W each, multiply them by all of x's tile; neither waits for the other
 
 Inside a warpgroup a product runs while the operand of the next step is decoded:
@@ -40,13 +41,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from quantkit.kernels.wide_hopper_decode import (
     FLOAT8,
     bits_of,
-    bytes_layout,
+    by_planes,
     decode,
     factors,
     lane_constants,
     load_factors,
+    operand,
+    pairs_layout,
+    rows_layout,
     words_layout,
 )
+from quantkit.kernels.wide_hopper_planes import words_of_step
 
 
 @gluon.jit
@@ -86,9 +91,36 @@ def _advance(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def _words(
+    buffers,
+    stage,
+    STEP: gl.constexpr,
+    PART: gl.constexpr,
+    ROWS: gl.constexpr,
+    BK: gl.constexpr,
+    KIND: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):
+    """The words of step STEP of a turn, for `decode`; `stage`: of that step, in planes of the turn's first."""
+    _, codes_s, _, _, _ = buffers
+    if by_planes(KIND):
+        low = codes_s[0].index(stage >> 1).slice(PART * ROWS, ROWS).load(words_layout(ROWS, BK // 8))
+        high = low
+        if bits_of(KIND) == 3:
+            high = codes_s[1].index(stage >> 1).slice(PART * ROWS, ROWS).load(words_layout(ROWS, BK // 16))
+        words = words_of_step(low, high, STEP, bits_of(KIND), LAYOUT)
+    else:
+        WORDS: gl.constexpr = (
+            gl.SliceLayout(2, LAYOUT) if bits_of(KIND) == 4 else words_layout(ROWS, BK * bits_of(KIND) // 32)
+        )
+        words = codes_s[0].index(stage).slice(PART * ROWS, ROWS).load(WORDS)
+    return words
+
+
+@gluon.jit
 def _copy(
     x_desc,
-    w_desc,
+    codes_desc,
     buffers,
     sizes,
     plan,
@@ -97,10 +129,19 @@ def _copy(
     BK: gl.constexpr,
     STAGES: gl.constexpr,
     TOGETHER: gl.constexpr,
+    KIND: gl.constexpr,
 ):
-    """The warp that copies. K is walked in pairs of steps; TMA fills with zeros what lies outside."""
-    x_s, w_s, _, full, empty = buffers
+    """The warp that copies. K is walked in pairs of steps; TMA fills with zeros what lies outside.
+
+    Codes in planes come for a pair at once, with the first step's barrier: a step's are less than the 16 bytes that
+    TMA takes. The first step's release gives their buffer back, for by then the second step's are read as well.
+    """
+    x_s, codes_s, _, full, empty = buffers
     M, N, K, _, _ = sizes
+    TURN: gl.constexpr = 1 if by_planes(KIND) else 0
+    PLANES: gl.constexpr = 2 if bits_of(KIND) == 3 else 1
+    HIGH: gl.constexpr = codes_desc[PLANES - 1].block_type.nbytes * (PLANES - 1)
+    CODES: gl.constexpr = codes_desc[0].block_type.nbytes + HIGH
     stage = 0
     phase = 1
     for u in range(gl.program_id(0), _units(plan, M, N, BN, BM), gl.num_programs(0)):
@@ -108,11 +149,22 @@ def _copy(
         for i in range(begin, end):
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
-            mbarrier.expect(bar, x_desc.block_type.nbytes + w_desc.block_type.nbytes)
+            if by_planes(KIND):
+                first = (i & 1) == 0
+                mbarrier.expect(bar, x_desc.block_type.nbytes + CODES, pred=first)
+                mbarrier.expect(bar, x_desc.block_type.nbytes, pred=(i & 1) == 1)
+            else:
+                first = True
+                mbarrier.expect(bar, x_desc.block_type.nbytes + CODES)
             tma.async_copy_global_to_shared(x_desc, [m0, i * BK], bar, x_s.index(stage))
-            tma.async_copy_global_to_shared(
-                w_desc, [n0, i * w_desc.block_type.shape[1]], bar, w_s.index(stage)
-            )
+            for p in gl.static_range(PLANES):
+                tma.async_copy_global_to_shared(
+                    codes_desc[p],
+                    [n0, (i >> TURN) * codes_desc[p].block_type.shape[1]],
+                    bar,
+                    codes_s[p].index(stage >> TURN),
+                    pred=first,
+                )
             stage, phase = _advance(stage, phase, STAGES)
 
 
@@ -135,7 +187,7 @@ def _multiply(
 ):
     """Warpgroup PART: its half of the rows of every tile of W."""
     scale_ptr, zero_ptr, lut_ptr, bias_ptr, parts_ptr = packed
-    x_s, w_s, y_s, full, empty = buffers
+    x_s, _, y_s, full, empty = buffers
     M, N, K, groups, scale_rows = sizes
     DTYPE: gl.constexpr = x_s.dtype
     ROWS: gl.constexpr = BN // 2
@@ -147,12 +199,9 @@ def _multiply(
     EACH: gl.constexpr = 2 if GROUP % (2 * BK) == 0 else 1
     SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUM, 2)
-    BYTES: gl.constexpr = bytes_layout(ROWS, BK // 8)
-    WORDS: gl.constexpr = (
-        gl.SliceLayout(2, BYTES) if bits_of(KIND) == 4 else words_layout(ROWS, BK * bits_of(KIND) // 32)
-    )
-    ROW: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, BYTES))
-    constants = lane_constants(lut_ptr, KIND, ROWS, BYTES)
+    PAIRS: gl.constexpr = pairs_layout(KIND, ROWS, BK)
+    ROW: gl.constexpr = rows_layout(KIND, PAIRS)
+    constants = lane_constants(lut_ptr, KIND, ROWS, PAIRS)
     y = y_s.index(PART)
     stage = 0
     phase = 0
@@ -161,46 +210,46 @@ def _multiply(
         n0 += PART * ROWS
         at = gl.minimum(n0 + gl.arange(0, ROWS, ROW), N - 1) // scale_rows * groups
         scale_0, zero_0 = load_factors(scale_ptr, zero_ptr, at, begin, groups, BK, GROUP, KIND)
-        scale, first, second = factors(scale_0, zero_0, KIND)
+        numbers = factors(scale_0, zero_0, KIND, DTYPE)
         # Scales and zeros: of the second step of this turn, of the next turn's first and second step.
         scale_1, zero_1 = load_factors(scale_ptr, zero_ptr, at, begin + 1, groups, BK, GROUP, KIND)
         scale_2, zero_2 = load_factors(scale_ptr, zero_ptr, at, begin + 2, groups, BK, GROUP, KIND)
         scale_3, zero_3 = load_factors(scale_ptr, zero_ptr, at, begin + 3, groups, BK, GROUP, KIND)
         mbarrier.wait(full.index(stage), phase)
-        words = w_s.index(stage).slice(PART * ROWS, ROWS).load(WORDS)
-        a = decode(
-            words, constants, scale, first, second, ZERO, SCALE, ROW_SCALES, KIND, DTYPE, BYTES, OPERAND
-        )
+        words = _words(buffers, stage, 0, PART, ROWS, BK, KIND, PAIRS)
+        a = decode(words, constants, numbers, ZERO, SCALE, ROW_SCALES, KIND, DTYPE, PAIRS, OPERAND)
         acc = gl.zeros((ROWS, BM), gl.float32, SUM)
         for i in range(begin, end, 2):
-            acc = warpgroup_mma(a, x_s.index(stage).permute((1, 0)), acc, is_async=True)
+            first = operand(a, KIND, DTYPE, PAIRS, OPERAND)
+            acc = warpgroup_mma(first, x_s.index(stage).permute((1, 0)), acc, is_async=True)
             one = stage
             stage, phase = _advance(stage, phase, STAGES)
             if EACH == 1:
-                scale, first, second = factors(scale_1, zero_1, KIND)
+                numbers = factors(scale_1, zero_1, KIND, DTYPE)
                 scale_1, zero_1 = scale_3, zero_3
                 scale_3, zero_3 = load_factors(scale_ptr, zero_ptr, at, i + 5, groups, BK, GROUP, KIND)
             mbarrier.wait(full.index(stage), phase)
-            words = w_s.index(stage).slice(PART * ROWS, ROWS).load(WORDS)
-            a = decode(
-                words, constants, scale, first, second, ZERO, SCALE, ROW_SCALES, KIND, DTYPE, BYTES, OPERAND
-            )
-
-            acc = warpgroup_mma(a, x_s.index(stage).permute((1, 0)), acc, is_async=True)
+            words = _words(buffers, one if by_planes(KIND) else stage, 1, PART, ROWS, BK, KIND, PAIRS)
+            a = decode(words, constants, numbers, ZERO, SCALE, ROW_SCALES, KIND, DTYPE, PAIRS, OPERAND)
+            second = operand(a, KIND, DTYPE, PAIRS, OPERAND)
+            acc = warpgroup_mma(second, x_s.index(stage).permute((1, 0)), acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=(acc,))
             mbarrier.arrive(empty.index(one), count=1)
             other = stage
             other_phase = phase
             stage, phase = _advance(stage, phase, STAGES)
-            scale, first, second = factors(scale_2, zero_2, KIND)
+            if GROUP > 0 or not by_planes(KIND):  # else a row has one table
+                numbers = factors(scale_2, zero_2, KIND, DTYPE)
             scale_2, zero_2 = load_factors(scale_ptr, zero_ptr, at, i + 4, groups, BK, GROUP, KIND)
             mbarrier.wait(full.index(stage), phase, pred=i + 2 < end)
-            words = w_s.index(stage).slice(PART * ROWS, ROWS).load(WORDS)
-            a = decode(
-                words, constants, scale, first, second, ZERO, SCALE, ROW_SCALES, KIND, DTYPE, BYTES, OPERAND
-            )
+            words = _words(buffers, stage, 0, PART, ROWS, BK, KIND, PAIRS)
+            a = decode(words, constants, numbers, ZERO, SCALE, ROW_SCALES, KIND, DTYPE, PAIRS, OPERAND)
             mbarrier.wait(full.index(other), other_phase)  # passed before: it ends the basic block
-            acc, a = warpgroup_mma_wait(0, deps=(acc, a))
+            if by_planes(KIND):
+                acc, a0, a1, a2, a3 = warpgroup_mma_wait(0, deps=(acc, a[0], a[1], a[2], a[3]))
+                a = (a0, a1, a2, a3)
+            else:
+                acc, a = warpgroup_mma_wait(0, deps=(acc, a))
             mbarrier.arrive(empty.index(other), count=1)
         if ROW_SCALES:
             row_of_w = gl.minimum(n0 + gl.arange(0, ROWS, gl.SliceLayout(1, SUM)), N - 1)
@@ -226,6 +275,7 @@ def _multiply(
 def wide_hopper_kernel(
     x_desc,
     w_desc,
+    high_desc,
     y_desc,
     scale_ptr,
     zero_ptr,
@@ -252,12 +302,21 @@ def wide_hopper_kernel(
 ):
     """y `[M, N]` of x `[M, K]`, words of codes `[N, words of K]` and scales, zeros `[N / scale_rows, groups]`.
 
+    2 and 3 bits: `w_desc` is for low planes, two steps a block; 3 bits have `high_desc` for high planes (else None).
     GROUP is a multiple of BK, or 0: one group per row. Tiles from `whole` on are cut into `parts` of `each` steps of
     K (an even number), whose sums go to `parts_ptr`, float32 `[tiles - whole, parts, BM, BN]`.
     Grid: (min(multiprocessors, units of work),); 4 warps.
     """
     x_s = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BM, BK], x_desc.layout)
-    w_s = gl.allocate_shared_memory(gl.int32, [STAGES, BN, BK * bits_of(KIND) // 32], w_desc.layout)
+    gl.static_assert(STAGES % 2 == 0)
+    SLOTS: gl.constexpr = STAGES // 2 if by_planes(KIND) else STAGES
+    w_s = gl.allocate_shared_memory(gl.int32, [SLOTS, BN, w_desc.block_type.shape[1]], w_desc.layout)
+    codes_desc = (w_desc,)
+    codes_s = (w_s,)
+    if bits_of(KIND) == 3:
+        high_s = gl.allocate_shared_memory(gl.int32, [SLOTS, BN, BK // 16], high_desc.layout)
+        codes_desc = (w_desc, high_desc)
+        codes_s = (w_s, high_s)
     y_s = gl.allocate_shared_memory(x_desc.dtype, [2, BM, BN // 2], y_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -266,7 +325,7 @@ def wide_hopper_kernel(
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
     packed = (scale_ptr, zero_ptr, lut_ptr, bias_ptr, parts_ptr)
-    buffers = (x_s, w_s, y_s, full, empty)
+    buffers = (x_s, codes_s, y_s, full, empty)
     sizes = (M, N, K, groups, scale_rows)
     plan = (whole, parts, each)
     gl.warp_specialize(
@@ -309,7 +368,7 @@ def wide_hopper_kernel(
                     1,
                 ),
             ),
-            (_copy, (x_desc, w_desc, buffers, sizes, plan, BN, BM, BK, STAGES, TOGETHER)),
+            (_copy, (x_desc, codes_desc, buffers, sizes, plan, BN, BM, BK, STAGES, TOGETHER, KIND)),
         ],
         [4, 1],
         [REGISTERS, 24],

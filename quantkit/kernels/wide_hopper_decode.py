@@ -12,6 +12,8 @@ A thread of a quad holds k = 2t, 2t + 1 (t = 0 .. 3) of every 8 inputs. The quad
 **8 bits.** Eight codes are two words; a byte permutation takes bytes 2t and 2t + 1 from both, another puts each into
 bits 8 .. 15 of 0x47000000: 32768 + q as float32. **float8** takes the same two bytes through the chip's conversion.
 
+**2 and 3 bits** are looked up: `wide_hopper_planes`.
+
 An affine weight is `(q - zero) * scale`. With integer zeros and scales of few enough bits that is one fused
 multiply-add, exactly: c = -(2048 + zero) * scale has at most 23 bits with 16-bit scales, -(32768 + zero) * scale at
 most 24 with bfloat16 ones. Else an integer zero joins the constant and is subtracted (exact) before the product; a
@@ -25,9 +27,13 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from quantkit.kernels.wide_hopper_planes import look_up, operand_of, planes_layout, quad_constants, tables
+
 #: Kinds of weights.
 AFFINE_4 = gl.constexpr(4)
 AFFINE_8 = gl.constexpr(8)
+AFFINE_3 = gl.constexpr(3)
+AFFINE_2 = gl.constexpr(2)
 FLOAT8 = gl.constexpr(1)
 TABLE_4 = gl.constexpr(0)
 
@@ -57,13 +63,34 @@ _FLOAT8_TO_FLOATS = gl.constexpr(
 @gluon.constexpr_function
 def bits_of(kind):
     """Bits of a code."""
+    if kind in (AFFINE_2, AFFINE_3):
+        return 2 if kind == AFFINE_2 else 3
     return 4 if kind in (AFFINE_4, TABLE_4) else 8
 
 
 @gluon.constexpr_function
 def is_affine(kind):
     """Has the weight zeros?"""
-    return kind in (AFFINE_4, AFFINE_8)
+    return kind in (AFFINE_2, AFFINE_3, AFFINE_4, AFFINE_8)
+
+
+@gluon.constexpr_function
+def by_planes(kind):
+    """Are codes of a turn of two steps copied together, and decoded by `wide_hopper_planes`?"""
+    return kind in (AFFINE_2, AFFINE_3)
+
+
+@gluon.constexpr_function
+def pairs_layout(kind, rows, inputs):
+    """Layout of the pairs of codes that a thread needs of `[rows, inputs]`."""
+    return planes_layout(rows, inputs // 32) if by_planes(kind) else bytes_layout(rows, inputs // 8)
+
+
+@gluon.constexpr_function
+def rows_layout(kind, pairs):
+    """Layout of `[rows]` for what `factors` makes of it."""
+    inner = gl.SliceLayout(3, pairs) if by_planes(kind) else pairs
+    return gl.SliceLayout(1, gl.SliceLayout(2, inner))
 
 
 @gluon.constexpr_function
@@ -86,7 +113,7 @@ def words_layout(rows, words):
 @gluon.constexpr_function
 def one_addition(kind, scale, zero):
     """Is `(q - zero) * scale` one exact fused multiply-add for these dtypes?"""
-    few_bits = scale.primitive_bitwidth == 16 if kind == AFFINE_4 else scale.is_bf16()
+    few_bits = scale.is_bf16() if kind == AFFINE_8 else scale.primitive_bitwidth == 16
     return zero.is_int() and few_bits
 
 
@@ -99,6 +126,15 @@ def offsets(kind):
 @gluon.jit
 def lane_constants(lut_ptr, KIND: gl.constexpr, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
     """What `decode` needs to know of a lane: where its codes are, and its entry of the table."""
+    if by_planes(KIND):
+        constants = quad_constants(LAYOUT)
+    else:
+        constants = _place_and_entry(lut_ptr, KIND, ROWS, LAYOUT)
+    return constants
+
+
+@gluon.jit
+def _place_and_entry(lut_ptr, KIND: gl.constexpr, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
     ROW: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT))
     pair = gl.expand_dims(gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT))), 0), 1)
     if bits_of(KIND) == 8:
@@ -115,8 +151,18 @@ def lane_constants(lut_ptr, KIND: gl.constexpr, ROWS: gl.constexpr, LAYOUT: gl.c
 
 
 @gluon.jit
-def factors(scale, zero, KIND: gl.constexpr):
-    """What `decode` needs of a group, as `[rows, 1, 1]` each: scale, and what the first and second code take."""
+def factors(scale, zero, KIND: gl.constexpr, DTYPE: gl.constexpr):
+    """What `decode` needs of a group, as `[rows, 1, 1]` each: scale, and what the first and second code take; or the
+    tables of `wide_hopper_planes`."""
+    if by_planes(KIND):
+        numbers = tables(scale, zero, one_addition(KIND, scale.dtype, zero.dtype), bits_of(KIND), DTYPE)
+    else:
+        numbers = _factors(scale, zero, KIND)
+    return numbers
+
+
+@gluon.jit
+def _factors(scale, zero, KIND: gl.constexpr):
     s = scale.to(gl.float32)
     first = zero.to(gl.float32)
     second = first
@@ -195,9 +241,7 @@ def _floats(words, constants, KIND: gl.constexpr, LAYOUT: gl.constexpr):
 def decode(
     words,
     constants,
-    scale,
-    first,
-    second,
+    numbers,
     ZERO: gl.constexpr,
     SCALE: gl.constexpr,
     ROW_SCALES: gl.constexpr,
@@ -206,10 +250,42 @@ def decode(
     LAYOUT: gl.constexpr,
     OPERAND: gl.constexpr,
 ):
-    """Words of codes as the first operand `[rows, inputs]` of a product; scales of whole rows are left to its sums.
+    """Words of codes as weights, for `operand`; scales of whole rows are left to the product's sums.
 
-    ZERO and SCALE are the dtypes that zeros and scales have in memory, LAYOUT is `bytes_layout`'s.
+    `numbers` are what `factors` makes. ZERO and SCALE are the dtypes that zeros and scales have in memory, LAYOUT is
+    `pairs_layout`'s.
     """
+    if by_planes(KIND):
+        operand = look_up(words, constants, numbers, bits_of(KIND))
+    else:
+        operand = _decode(words, constants, numbers, ZERO, SCALE, ROW_SCALES, KIND, DTYPE, LAYOUT, OPERAND)
+    return operand
+
+
+@gluon.jit
+def operand(decoded, KIND: gl.constexpr, DTYPE: gl.constexpr, LAYOUT: gl.constexpr, OPERAND: gl.constexpr):
+    """What `decode` made, as the first operand `[rows, inputs]` of a product."""
+    if by_planes(KIND):
+        a = operand_of(decoded, DTYPE, LAYOUT, OPERAND)
+    else:
+        a = decoded
+    return a
+
+
+@gluon.jit
+def _decode(
+    words,
+    constants,
+    numbers,
+    ZERO: gl.constexpr,
+    SCALE: gl.constexpr,
+    ROW_SCALES: gl.constexpr,
+    KIND: gl.constexpr,
+    DTYPE: gl.constexpr,
+    LAYOUT: gl.constexpr,
+    OPERAND: gl.constexpr,
+):
+    scale, first, second = numbers
     a, b = _floats(words, constants, KIND, LAYOUT)
     if is_affine(KIND):
         OFFSETS: gl.constexpr = offsets(KIND)

@@ -1,4 +1,4 @@
-"""How `wide_hopper_kernel` multiplies: 17 and more rows of x on sm_90, weights of 4 and 8 bits.
+"""How `wide_hopper_kernel` multiplies: 17 and more rows of x on sm_90, weights of 2, 3, 4 and 8 bits.
 
 Everything else keeps the routes that its backend has: a fused kernel, or the weight, a slice of it at a time, is
 dequantized and the vendor's BLAS multiplies. They also answer where this Triton has no Gluon, or another one.
@@ -28,9 +28,9 @@ REGISTERS, OF_PRODUCTS = 168, 240
 #: Rows of y that a program of the second pass adds up.
 ROWS_OF_SUMS = 16
 #: The decodings of `wide_hopper_kernel`: its `KIND`, as `wide_hopper_decode` (which imports Gluon) names them.
-KINDS: dict[Kind, int] = {"codebook": 0, "float8": 1, "affine4": 4, "affine8": 8}
+KINDS: dict[Kind, int] = {"codebook": 0, "float8": 1, "affine2": 2, "affine3": 3, "affine4": 4, "affine8": 8}
 #: Of affine codes among them.
-AFFINE_BITS = (4, 8)
+AFFINE_BITS = (2, 3, 4, 8)
 
 _refused = False
 #: (device, dtypes, alignment, constants) -> the compiled kernel. (Not by `launch.launch`: ADR 0026.)
@@ -65,7 +65,8 @@ def multiply(x: Tensor, weight: LaunchWeight, bias: Tensor | None) -> Tensor | N
 def covers(x: Tensor, weight: LaunchWeight) -> bool:
     """Can the kernel multiply `x [M, K]` by this weight on this device? (Is it the faster way: `choose`.)
 
-    TMA wants addresses and rows of whole 16 bytes. Rows of a codebook must be whole blocks. Recorded launches
+    TMA wants addresses and rows of whole 16 bytes; three bits have that where their high plane begins only if K is a
+    multiple of 128. Rows of a codebook must be whole blocks. Recorded launches
     (`quantkit.kernels.aot`) have no addresses at all and are not covered.
     """
     codes, scale, zero, lut, k = weight.codes, weight.scale, weight.zero, weight.lut, x.shape[1]
@@ -75,7 +76,7 @@ def covers(x: Tensor, weight: LaunchWeight) -> bool:
         and device.target() == ("cuda", 90)
         and x.dtype in (torch.float16, torch.bfloat16)
         and weight.group % BK == 0
-        and k % BK == 0
+        and k % (2 * BK if weight.kind == "affine3" else BK) == 0
         and weight.n % 8 == 0
         and codes.is_contiguous()
         and (weight.kind != "float8" or scale.dtype == torch.float32)
@@ -88,9 +89,15 @@ def covers(x: Tensor, weight: LaunchWeight) -> bool:
 
 
 def decoding_cost(weight: LaunchWeight) -> float:
-    """Time of a tile of this weight over one of 4 bits, integer zeros, groups of 128 (M = 256 to 2048)."""
+    """Time of a tile of this weight over one of 4 bits, integer zeros, groups of 128 (M = 256 to 2048).
+
+    Not measured for 2 and 3 bits, but from instructions of a turn in the compiled loop (tiles of 256 rows, bfloat16):
+    4 bits in groups of 128 have 319, 3 bits 288, in groups of 64 350, there with float zeros 368 (float16).
+    """
     if weight.kind == "float8":
         return 1.0
+    if weight.kind in ("affine2", "affine3"):
+        return 1.0 if weight.group % (2 * BK) == 0 else 1.1
     if weight.zero is not None and (weight.zero.is_floating_point() or weight.scale.dtype == torch.float32):
         return 1.2
     return 1.0 if weight.kind == "affine4" and weight.group % (2 * BK) == 0 else 1.1
@@ -110,8 +117,10 @@ def launch_wide(x: Tensor, weight: LaunchWeight, bias: Tensor | None, chosen: Pl
     m, k = x.shape
     out = x.new_empty((m, n))
     words = codes.view(torch.int32)
-    of_x, of_words, of_y = layouts(kind)
-    row, width = k * bits(kind) // 32, BK * bits(kind) // 32  # words of K inputs, of a step
+    of_x, of_words, of_high, of_y = layouts(kind)
+    row = k * bits(kind) // 32  # words of K inputs
+    low, high = widths(kind)
+    plane = row if high == 0 else k // 16
     bm, whole, parts, each, units, _ = chosen
     cut = cdiv(n, BN) * cdiv(m, bm) - whole
     grid = (min(units, whole + cut * parts), 1, 1)
@@ -125,7 +134,8 @@ def launch_wide(x: Tensor, weight: LaunchWeight, bias: Tensor | None, chosen: Pl
     )
     arguments = (
         TensorDescriptor(x, [m, k], [x.stride(0), 1], [bm, BK], of_x),
-        TensorDescriptor(words, [n, row], [row, 1], [BN, width], of_words),
+        TensorDescriptor(words, [n, plane], [row, 1], [BN, low], of_words),
+        TensorDescriptor(words[:, plane:], [n, row - plane], [row, 1], [BN, high], of_high) if high else None,
         TensorDescriptor(out, [m, n], [n, 1], [bm, BN // 2], of_y),
         *pointers,
         m,
@@ -182,13 +192,22 @@ def sum_parts(sums: Tensor, bias: Tensor | None, out: Tensor, whole: int) -> Non
 
 def bits(kind: Kind) -> int:
     """Of a code."""
-    return 4 if kind in ("affine4", "codebook") else 8
+    return {"affine2": 2, "affine3": 3, "affine4": 4, "codebook": 4}.get(kind, 8)
+
+
+def widths(kind: Kind) -> tuple[int, int]:
+    """Words of a row that are copied at once, and of its high plane: of a step, of 2 and 3 bits of two."""
+    if kind in ("affine2", "affine3"):
+        return 2 * BK * 2 // 32, 2 * BK // 32 if kind == "affine3" else 0
+    return BK * bits(kind) // 32, 0
 
 
 @cache
-def layouts(kind: Kind) -> tuple[Any, Any, Any]:
-    """Of x, words of codes and y in shared memory: as TMA writes, `wgmma` reads and bank conflicts allow."""
+def layouts(kind: Kind) -> tuple[Any, Any, Any, Any]:
+    """Of x, words of codes, of high planes and y in shared memory: as TMA writes, `wgmma` reads and bank conflicts
+    allow."""
     from triton.experimental.gluon.language import NVMMASharedLayout
 
-    of_words = NVMMASharedLayout(8 * bits(kind), 32, 2)
-    return NVMMASharedLayout(128, 16, 2), of_words, NVMMASharedLayout(128, 16, 2)
+    of_words = NVMMASharedLayout(4 * widths(kind)[0], 32, 2)
+    of_high = NVMMASharedLayout(0, 32, 2)
+    return NVMMASharedLayout(128, 16, 2), of_words, of_high, NVMMASharedLayout(128, 16, 2)

@@ -18,7 +18,7 @@ from quantkit.encoding import Codebook, Float8, PackedWeight
 from quantkit.kernels import affine, codebook, float8, launch, launch_weight, sliced, wide_hopper_launch
 from quantkit.kernels.bench_cases import random_weight
 from quantkit.kernels.launch_weight import LaunchWeight
-from quantkit.kernels.wide_hopper_plan import LEAST_ROWS
+from quantkit.kernels.wide_hopper_plan import BK, LEAST_ROWS
 
 SM_90 = mock.patch.object(launch, "target", lambda: ("cuda", 90))
 
@@ -54,10 +54,29 @@ def test_what_is_covered() -> None:
             inputs(), packed(codes=torch.zeros(256 * 256 + 8, dtype=torch.uint8)[8:].view(256, 256))
         )
         assert not covers(inputs().to("meta"), packed())
-        assert not covers(inputs(), packed(kind="affine3")), "no decoding"
+        assert not covers(inputs(), packed(kind="affine1")), "no decoding"
     for other in (("cuda", 80), ("cuda", 100), ("hip", 0)):
         with mock.patch.object(launch, "target", lambda other=other: other):
             assert not covers(inputs(), packed())
+
+
+def planes(bits: int, k: int, group: int = 64) -> LaunchWeight:
+    codes, zero = torch.zeros(256, k * bits // 8, dtype=torch.uint8), torch.zeros(256, -(-k // group))
+    return launch_weight.affine(codes, zero.half() + 1, zero.to(torch.uint8), None, 256, bits, group)
+
+
+def test_three_bits_are_covered_where_high_planes_are_aligned() -> None:
+    covers = wide_hopper_launch.covers
+    with SM_90:
+        assert covers(inputs(k=640), planes(3, 640)) and covers(inputs(k=128), planes(3, 128, 128))
+        assert not covers(inputs(k=576), planes(3, 576)), "the high plane begins between words of 16 bytes"
+        assert covers(inputs(k=576), planes(2, 576))
+        assert not covers(inputs(k=640), planes(3, 640, 32))
+        for bits in (2, 3):
+            weight = planes(bits, 640)
+            low, high = wide_hopper_launch.widths(weight.kind)
+            turns = 640 // (2 * BK)
+            assert (low + high) * turns * 4 == weight.codes.shape[1], "a row is copied once"
 
 
 def test_codebooks_are_covered_where_rows_are_whole_blocks() -> None:
@@ -97,7 +116,19 @@ def test_where_triton_refuses_the_other_route_answers_and_is_not_asked_again(
 
 
 @pytest.mark.parametrize(
-    "form", ["affine-4g128", "affine-8g64", "hqq-4g64", "nf4", "fp8-block", "fp8-channel"]
+    "form",
+    [
+        "affine-4g128",
+        "affine-8g64",
+        "affine-3g128",
+        "affine-3g64",
+        "affine-2g128",
+        "hqq-4g64",
+        "hqq-3g64",
+        "nf4",
+        "fp8-block",
+        "fp8-channel",
+    ],
 )
 def test_many_rows_of_a_covered_weight_take_this_route(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []

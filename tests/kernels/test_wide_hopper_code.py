@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from kernel_support import compiled
 from sass_support import disassembled, overwritten_operands, product_loops
@@ -35,6 +37,16 @@ from quantkit.kernels.wide_hopper_plan import BK, BN, TILES
         (64, "codebook", "fp16", 64, "fp32", "fp32", False),
         (128, "float8", "bf16", 0, "fp32", "fp32", False),
         (128, "affine8", "bf16", 64, "fp16", "fp16", False),
+        (256, "affine3", "bf16", 128, "fp16", "u8", False),
+        (256, "affine3", "bf16", 64, "bf16", "u8", True),
+        (256, "affine3", "fp16", 64, "fp16", "fp16", True),
+        (256, "affine3", "fp16", 0, "fp32", "u8", True),
+        (256, "affine2", "bf16", 64, "fp16", "fp16", True),
+        (16, "affine3", "bf16", 0, "fp16", "u8", False),
+        (32, "affine3", "fp16", 128, "fp16", "u8", False),
+        (64, "affine3", "bf16", 64, "fp16", "fp16", True),
+        (64, "affine2", "fp16", 0, "fp16", "u8", False),
+        (128, "affine3", "bf16", 128, "fp16", "u8", False),
     ],
 )
 def test_compiled_code(
@@ -42,8 +54,8 @@ def test_compiled_code(
 ) -> None:
     """No spills; products that are not made to wait for each other; decoding beside products in flight; and no
     operand written again while a product may be reading it."""
-    of_x, of_words, of_y = wide_hopper_launch.layouts(kind)
-    width = BK * wide_hopper_launch.bits(kind) // 32
+    of_x, of_words, of_high, of_y = wide_hopper_launch.layouts(kind)
+    width, high = wide_hopper_launch.widths(kind)
     types = {
         "x_desc": f"tensordesc<{dtype}[{rows}, {BK}],{of_x!r}>",
         "w_desc": f"tensordesc<i32[{BN}, {width}],{of_words!r}>",
@@ -54,7 +66,7 @@ def test_compiled_code(
         "bias_ptr": f"*{dtype}",
         "parts_ptr": "*fp32",
     }
-    constants = {
+    constants: dict[str, Any] = {
         "GROUP": group,
         "BN": BN,
         "BM": rows,
@@ -65,6 +77,10 @@ def test_compiled_code(
         "HAS_BIAS": bias,
         "REGISTERS": wide_hopper_launch.OF_PRODUCTS,
     }
+    if high:
+        types["high_desc"] = f"tensordesc<i32[{BN}, {high}],{of_high!r}>"
+    else:
+        constants["high_desc"] = None
     target = GPUTarget("cuda", 90, 32)
     options = {"num_warps": 4, "maxnreg": wide_hopper_launch.REGISTERS}
     binary = compiled(wide_hopper_kernel, types, constants, target, **options)
@@ -73,8 +89,11 @@ def test_compiled_code(
     assert not any("STL" in line or "LDL" in line for line in lines)
     loops = product_loops(lines)
     assert len(loops) == 2  # one of each warpgroup
-    # The instruction that takes a pair of codes out of its words, and how many of them a step and thread has.
+    # The instruction that takes a pair of codes out of its words, and how many of them a step and thread has. (2 and 3
+    # bits: that takes those of 4 octets, beside which each of these has 9 permutations.)
+    planes = kind in ("affine2", "affine3")
     takes = {"affine8": "PRMT", "float8": "F2FP.F16.E4M3"}.get(kind, "SHF.L.W")
+    count = {"affine8": 48, "affine3": 12, "affine2": 4}.get(kind, 16)
     for loop in loops:
         assert sum("HGMMA" in line for line in loop) == 8
         # Serialized products have a wait of their own each: here two, one of which leaves a group in flight.
@@ -86,17 +105,27 @@ def test_compiled_code(
         # to the last wait, behind which ptxas leaves only the rounding.
         for start, stop in ((ends[0], ends[1]), (ends[1], waits[1])):
             between = loop[start:stop]
-            assert sum(line.startswith(takes) for line in between) == (48 if kind == "affine8" else 16)
-            if kind != "float8" or group:
+            assert sum(line.startswith(takes) for line in between) == count
+            if planes:
+                # Beside them those of tables, 4 each: two a step, which may be the next one's.
+                assert 36 <= sum(line.startswith("PRMT") for line in between) <= 36 + 16
+            elif kind != "float8" or group:
                 assert sum(line.startswith(("FFMA", "FMUL")) for line in between) >= 32
         assert not overwritten_operands(loop)
         assert not any("MEMBAR" in line for line in loop)
+        # The first release gives back what the second step's decoding reads as well: by all warps, before its product.
+        release = next(i for i, line in enumerate(loop) if "SYNCS.ARRIVE" in line)
+        reads = [i for i, line in enumerate(loop[:release]) if line.startswith("LDS")]
+        assert reads and ends[0] < min(reads) and max(reads) < ends[1]
+        assert any(line.startswith("BAR.SYNC") for line in loop[ends[1] : release])
 
 
 def test_the_launch_names_decodings_as_the_kernel_does() -> None:
     known = {
         "codebook": wide_hopper_decode.TABLE_4,
         "float8": wide_hopper_decode.FLOAT8,
+        "affine2": wide_hopper_decode.AFFINE_2,
+        "affine3": wide_hopper_decode.AFFINE_3,
         "affine4": wide_hopper_decode.AFFINE_4,
         "affine8": wide_hopper_decode.AFFINE_8,
     }
