@@ -74,7 +74,9 @@ def units_layout(kind, columns, inputs):
         return gl.DistributedLinearLayout(
             registers, lanes, [[0, 1, 0], [8, 0, 0]], [], [columns // 4, 2, inputs]
         )
-    return gl.DistributedLinearLayout(registers, lanes, [[8, 0, 0], [16, 0, 0]], [], [columns // 2, 1, inputs])
+    return gl.DistributedLinearLayout(
+        registers, lanes, [[8, 0, 0], [16, 0, 0]], [], [columns // 2, 1, inputs]
+    )
 
 
 @gluon.constexpr_function
@@ -236,7 +238,9 @@ def _decode(
     HALF: gl.constexpr = w_s.shape[2] // 2
     words = w_s.index(stage).slice(PART * HALF, HALF, 1).permute((1, 0)).load(gl.SliceLayout(1, LAYOUT))
     words = gl.expand_dims(words, 1)
-    b = gl.expand_dims(gl.expand_dims(gl.arange(0, LAYOUT.shape[1], gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT))), 0), 2)
+    b = gl.expand_dims(
+        gl.expand_dims(gl.arange(0, LAYOUT.shape[1], gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT))), 0), 2
+    )
     DTYPES: gl.constexpr = (gl.float32, gl.float32) if KIND == FLOAT8 else (gl.int32, gl.int32)
     OUT: gl.constexpr = "=f,=f,=f,=f," if KIND == FLOAT8 else "=r,=r,=r,=r,"
     if bits_of(KIND) == 8:

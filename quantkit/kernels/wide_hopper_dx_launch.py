@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from quantkit.kernels import launch as device
+from quantkit.kernels import sliced
 from quantkit.kernels.launch import cdiv
 from quantkit.kernels.launch_weight import Kind, LaunchWeight
-from quantkit.kernels.wide_hopper_launch import KINDS, TOGETHER, bits, sum_parts
-from quantkit.kernels.wide_hopper_plan import BN, TILES, Plan
+from quantkit.kernels.wide_hopper_launch import KINDS, TOGETHER, bits, sum_parts, unless_refused
+from quantkit.kernels.wide_hopper_plan import BN, TILES, Plan, choose_gradient
 
 #: Rows of W per step; columns of W in a unit of 16 bits are 16 / bits.
 BS = 64
@@ -29,6 +30,27 @@ SHARED = 232448
 DECODED: tuple[Kind, ...] = ("affine4", "affine8", "codebook", "float8")
 #: (device, dtypes, alignment, constants) -> the compiled kernel. (Not by `launch.launch`: ADR 0026.)
 _compiled: dict[tuple[Any, ...], Any] = {}
+
+
+def multiply(grad: Tensor, weight: LaunchWeight, k: int) -> Tensor | None:
+    """dx `[M, k]` of `grad [M, N]`, or None where another route is faster or must answer."""
+    if not covers(grad, weight, k):
+        return None
+    units = sliced.multiprocessors(grad.device)
+    chosen = choose_gradient(grad.shape[0], weight.n, k, *costs(weight), units)
+    return None if chosen is None else unless_refused(lambda: launch_dx(grad, weight, k, chosen))
+
+
+def costs(weight: LaunchWeight) -> tuple[float, float]:
+    """Time of a step, and of dequantizing, over those of 4 bits, integer zeros, groups of 128 (M = 256 to 4096)."""
+    if weight.kind == "float8":
+        return 0.87, 1.15
+    if weight.kind == "codebook":
+        return 1.07, 1.15
+    step = 0.96 if weight.kind == "affine8" else 1.0
+    if weight.zero is not None and weight.zero.is_floating_point():
+        step += 0.08
+    return step, 1.15 if weight.kind == "affine8" else 1.0
 
 
 def covers(grad: Tensor, weight: LaunchWeight, k: int) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -40,24 +41,31 @@ log = logging.getLogger(__name__)
 
 def multiply(x: Tensor, weight: LaunchWeight, bias: Tensor | None) -> Tensor | None:
     """`x [M, K]` times the weight plus bias `[N]`: `[M, N]`, or None where another route is faster or must answer."""
-    global _refused
     if _refused or not covers(x, weight):
         return None
     units = sliced.multiprocessors(x.device)
     chosen = choose(x.shape[0], weight.n, x.shape[1], decoding_cost(weight), units)
-    if chosen is None:
+    return None if chosen is None else unless_refused(lambda: launch_wide(x, weight, bias, chosen))
+
+
+def unless_refused(launch: Callable[[], Tensor]) -> Tensor | None:
+    """What the launch of a Gluon kernel gives; None, for good, where this Triton refuses it.
+
+    Gluon is experimental: its functions come and go. Anything but its refusal is heard.
+    """
+    global _refused
+    if _refused:
         return None
     try:
-        return launch_wide(x, weight, bias, chosen)
+        return launch()
     except Exception as error:
-        # Gluon is experimental: its functions come and go. Anything but its refusal is heard.
         refusal = isinstance(error, ImportError) or type(error).__module__.startswith("triton.")
         if not refusal or os.environ.get("QUANTKIT_KERNELS", "") == "strict":
             raise
         _refused = True
         first = (str(error).splitlines() or [type(error).__name__])[0]
         log.warning(
-            "products of many rows: the Hopper kernel does not run here (%s); other kernels answer", first
+            "products of many rows: the Hopper kernels do not run here (%s); other kernels answer", first
         )
         return None
 

@@ -42,7 +42,7 @@ LEAST_ROWS = 16
 ROWS, FEW, LEAST = 32, 1 << 25, 1 << 24
 #: Up to so many rows the alternative is a fused kernel, behind it BLAS on the dequantized weight.
 FUSED_ROWS = 128
-#: Most rows that were measured. (Dequantizing costs the same for any number, and weighs less and less.)
+#: Most rows that were measured forward. (Dequantizing costs the same for any number, and weighs less and less.)
 MOST_ROWS = 3072
 #: Time of dequantizing W over that of one wave of tiles of 256 rows is N over this number, whatever K is.
 DEQUANTIZED_PER_WAVE = 12300
@@ -106,3 +106,22 @@ def choose(m: int, n: int, k: int, cost: float, units: int) -> Plan | None:
     wave = cdiv(k, 2 * BK) * 2 * TILES[256].step
     filled = m * n / (256 * BN * units)
     return chosen if chosen.us * cost < (filled + n / DEQUANTIZED_PER_WAVE) * wave else None
+
+
+#: Of gradients: operations and bytes that BLAS on the dequantized weight does in a us, us that a small product takes
+#: besides, and us of dequantizing a weight of 4 bits.
+BLAS_OPERATIONS, BLAS_BYTES, BLAS_LEAST, DEQUANTIZING = 7.2e8, 2.9e6, 4.0, 0.93e-6
+
+
+def choose_gradient(m: int, n: int, k: int, cost: float, dequantizing: float, units: int) -> Plan | None:
+    """The plan for `m` rows of dy and `[n, k]` of W, or None where slices of W by BLAS take less time.
+
+    `cost`: what a step costs over one of 4 bits in groups of 128; `dequantizing`: the same of dequantizing W.
+    """
+    if m <= LEAST_ROWS or units == 0 or n * k < LEAST:
+        return None
+    chosen = plan(m, k, n, units, gradient=True)
+    if m <= FUSED_ROWS:
+        return chosen
+    blas = max(2 * m * n * k / BLAS_OPERATIONS, 2 * n * k / BLAS_BYTES + BLAS_LEAST)
+    return chosen if chosen.us * cost < blas + n * k * DEQUANTIZING * dequantizing else None
