@@ -8,6 +8,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
+from quantkit.kernels import tuning
 from quantkit.kernels.launch import cdiv
 
 #: Rows of W per tile, inputs per step.
@@ -26,7 +27,7 @@ class Tile(NamedTuple):
 TILES = {
     16: Tile(12, 0.32, 0.37),
     32: Tile(12, 0.34, 0.38),
-    64: Tile(12, 0.36, 0.42),
+    64: Tile(12, 0.39, 0.42),
     128: Tile(8, 0.49, 0.55),
     256: Tile(4, 0.72, 0.92),
 }
@@ -39,13 +40,19 @@ SECOND_PASS, PER_ROUND, PER_ROW = 3.0, 1.5, 0.0002
 LEAST_ROWS = 16
 #: Up to ROWS the others were faster for weights of fewer values than FEW (4096 x 4096 against 14336 x 4096); of fewer
 #: than LEAST none was measured.
-ROWS, FEW, LEAST = 32, 1 << 25, 1 << 24
+ROWS, FEW, LEAST = 32, 3 << 23, 1 << 24
 #: Up to so many rows the alternative is a fused kernel, behind it BLAS on the dequantized weight.
 FUSED_ROWS = 128
 #: Most rows that were measured forward. (Dequantizing costs the same for any number, and weighs less and less.)
-MOST_ROWS = 3072
+MOST_ROWS = 4096
 #: Time of dequantizing W over that of one wave of tiles of 256 rows is N over this number, whatever K is.
 DEQUANTIZED_PER_WAVE = 12300
+
+
+#: Bytes and operations that BLAS on the dequantized weight does in a us, and us that a small product takes besides.
+BLAS_OPERATIONS, BLAS_BYTES, BLAS_LEAST = 7.2e8, 2.9e6, 4.0
+#: Of gradients: us of dequantizing a value of 4 bits; us that slices of W cost, from how many rows on.
+DEQUANTIZING, SLICING, SLICED_ROWS = 0.93e-6, 14.0, tuning.BACKWARD_SLICED_ROWS
 
 
 class Plan(NamedTuple):
@@ -91,37 +98,33 @@ def plan(m: int, n: int, k: int, units: int, gradient: bool = False) -> Plan:
     return min(candidates, key=lambda p: p.us)
 
 
-def choose(m: int, n: int, k: int, cost: float, units: int) -> Plan | None:
+def choose(m: int, n: int, k: int, cost: float, units: int, other_cost: float = 1.0) -> Plan | None:
     """The plan for `m` rows of x and `[n, k]` of W, or None where another route takes less time.
 
-    `cost`: what a step costs over one of 4 bits in groups of 128. Beyond FUSED_ROWS both routes take the same time for
-    a full tile, within 5 %. What is lost here is the rest of the last wave of tiles; what is lost there is the time of
-    dequantizing W.
+    `cost`: what a step costs over one of 4 bits in groups of 128. `other_cost`: the same of the other fused kernels, for
+    few rows. Beyond FUSED_ROWS the other route is BLAS, which takes the same time for a full tile, within 5 %. What is
+    lost here is the rest of the last wave of tiles; what is lost there is the time of dequantizing W.
     """
     if not LEAST_ROWS < m <= MOST_ROWS or units == 0:
         return None
     chosen = plan(m, n, k, units)
     if m <= FUSED_ROWS:
-        return chosen if n * k >= (FEW if m <= ROWS else LEAST) else None
+        return chosen if n * k >= (FEW if m <= ROWS and other_cost < 1.5 else LEAST) else None
     wave = cdiv(k, 2 * BK) * 2 * TILES[256].step
-    filled = m * n / (256 * BN * units)
-    return chosen if chosen.us * cost < (filled + n / DEQUANTIZED_PER_WAVE) * wave else None
-
-
-#: Of gradients: operations and bytes that BLAS on the dequantized weight does in a us, us that a small product takes
-#: besides, and us of dequantizing a weight of 4 bits.
-BLAS_OPERATIONS, BLAS_BYTES, BLAS_LEAST, DEQUANTIZING = 7.2e8, 2.9e6, 4.0, 0.93e-6
+    blas = max(m * n / (256 * BN * units) * wave, 2 * n * k / BLAS_BYTES + BLAS_LEAST)
+    return chosen if chosen.us * cost < blas + n / DEQUANTIZED_PER_WAVE * wave else None
 
 
 def choose_gradient(m: int, n: int, k: int, cost: float, dequantizing: float, units: int) -> Plan | None:
-    """The plan for `m` rows of dy and `[n, k]` of W, or None where slices of W by BLAS take less time.
+    """The plan for `m` rows of dy and `[n, k]` of W, or None where W, or a slice of it at a time, by BLAS is faster.
 
     `cost`: what a step costs over one of 4 bits in groups of 128; `dequantizing`: the same of dequantizing W.
     """
-    if m <= LEAST_ROWS or units == 0 or n * k < LEAST:
+    if m <= LEAST_ROWS or units == 0 or (n * k < LEAST and m < SLICED_ROWS):
         return None
     chosen = plan(m, k, n, units, gradient=True)
     if m <= FUSED_ROWS:
         return chosen
     blas = max(2 * m * n * k / BLAS_OPERATIONS, 2 * n * k / BLAS_BYTES + BLAS_LEAST)
-    return chosen if chosen.us * cost < blas + n * k * DEQUANTIZING * dequantizing else None
+    other = blas + n * k * DEQUANTIZING * dequantizing + (SLICING if m >= SLICED_ROWS else 0)
+    return chosen if chosen.us * cost < other else None
