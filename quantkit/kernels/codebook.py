@@ -167,13 +167,12 @@ def codebook_linear_backward(
     rows = grad.reshape(-1, n)
     fused = tuning.fused_backward("codebook", rows.shape[0], n, k, 4) and grad.dtype != torch.float32
     with device_of(grad):
-        dx = None
         if rows.shape[0] > wide_hopper_plan.LEAST_ROWS:
             weight = launch_weight.codebook(codes, scale, lut, n, block_size)
-            dx = wide_hopper_dx_launch.multiply(rows, weight, k)
-        if dx is not None:
-            pass
-        elif fused and k % block_size == 0 and block_size % 32 == 0:
+            own = wide_hopper_dx_launch.multiply(rows, weight, k)
+            if own is not None:
+                return own.view(*grad.shape[:-1], k)
+        if fused and k % block_size == 0 and block_size % 32 == 0:
             config = tuning.backward_config("codebook", rows.shape[0], n, k)
             dx = launch_backward(rows, codes, scale, lut, k, block_size, config)
         else:

@@ -308,12 +308,13 @@ def float8_linear_backward(grad: Tensor, codes: Tensor, scale: Tensor, block_n: 
     rows = grad.reshape(-1, n)
     fused = tuning.fused_backward("float8", rows.shape[0], n, k, 8) and grad.dtype != torch.float32
     with device_of(grad):
-        dx = None
         if rows.shape[0] > wide_hopper_plan.LEAST_ROWS:
-            dx = wide_hopper_dx_launch.multiply(rows, launch_weight.float8(codes, scale, block_n, block_k), k)
-        if dx is not None:
-            pass
-        elif fused and (block_k >= k or block_k % 32 == 0):
+            own = wide_hopper_dx_launch.multiply(
+                rows, launch_weight.float8(codes, scale, block_n, block_k), k
+            )
+            if own is not None:
+                return own.view(*grad.shape[:-1], k)
+        if fused and (block_k >= k or block_k % 32 == 0):
             config = tuning.backward_config("float8", rows.shape[0], n, k)
             dx = launch_backward(rows, codes, scale, block_n, block_k, config)
         else:

@@ -65,7 +65,9 @@ def tile(t, M, N, BN: gl.constexpr, BM: gl.constexpr, TOGETHER: gl.constexpr):
 
 
 @gluon.jit
-def _unit(u, plan, M, N, K, BN: gl.constexpr, BM: gl.constexpr, BK: gl.constexpr, TOGETHER: gl.constexpr):
+def unit_of_work(
+    u, plan, M, N, K, BN: gl.constexpr, BM: gl.constexpr, BK: gl.constexpr, TOGETHER: gl.constexpr
+):
     """Unit `u` of work: first row of W, of x, first step of K, the step behind the last."""
     whole, parts, each = plan
     steps = gl.cdiv(K, 2 * BK) * 2
@@ -78,14 +80,15 @@ def _unit(u, plan, M, N, K, BN: gl.constexpr, BM: gl.constexpr, BK: gl.constexpr
 
 
 @gluon.jit
-def _units(plan, M, N, BN: gl.constexpr, BM: gl.constexpr):
+def units_of_work(plan, M, N, BN: gl.constexpr, BM: gl.constexpr):
     """How many units of work there are."""
     whole, parts, _ = plan
     return whole + (gl.cdiv(N, BN) * gl.cdiv(M, BM) - whole) * parts
 
 
 @gluon.jit
-def _advance(stage, phase, STAGES: gl.constexpr):
+def advance(stage, phase, STAGES: gl.constexpr):
+    """The next buffer, and the phase of its barrier."""
     last = stage == STAGES - 1
     return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
 
@@ -144,8 +147,8 @@ def _copy(
     CODES: gl.constexpr = codes_desc[0].block_type.nbytes + HIGH
     stage = 0
     phase = 1
-    for u in range(gl.program_id(0), _units(plan, M, N, BN, BM), gl.num_programs(0)):
-        n0, m0, begin, end = _unit(u, plan, M, N, K, BN, BM, BK, TOGETHER)
+    for u in range(gl.program_id(0), units_of_work(plan, M, N, BN, BM), gl.num_programs(0)):
+        n0, m0, begin, end = unit_of_work(u, plan, M, N, K, BN, BM, BK, TOGETHER)
         for i in range(begin, end):
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
@@ -165,7 +168,7 @@ def _copy(
                     codes_s[p].index(stage >> TURN),
                     pred=first,
                 )
-            stage, phase = _advance(stage, phase, STAGES)
+            stage, phase = advance(stage, phase, STAGES)
 
 
 @gluon.jit
@@ -205,8 +208,8 @@ def _multiply(
     y = y_s.index(PART)
     stage = 0
     phase = 0
-    for u in range(gl.program_id(0), _units(plan, M, N, BN, BM), gl.num_programs(0)):
-        n0, m0, begin, end = _unit(u, plan, M, N, K, BN, BM, BK, TOGETHER)
+    for u in range(gl.program_id(0), units_of_work(plan, M, N, BN, BM), gl.num_programs(0)):
+        n0, m0, begin, end = unit_of_work(u, plan, M, N, K, BN, BM, BK, TOGETHER)
         n0 += PART * ROWS
         at = gl.minimum(n0 + gl.arange(0, ROWS, ROW), N - 1) // scale_rows * groups
         scale_0, zero_0 = load_factors(scale_ptr, zero_ptr, at, begin, groups, BK, GROUP, KIND)
@@ -223,7 +226,7 @@ def _multiply(
             first = operand(a, KIND, DTYPE, PAIRS, OPERAND)
             acc = warpgroup_mma(first, x_s.index(stage).permute((1, 0)), acc, is_async=True)
             one = stage
-            stage, phase = _advance(stage, phase, STAGES)
+            stage, phase = advance(stage, phase, STAGES)
             if EACH == 1:
                 numbers = factors(scale_1, zero_1, KIND, DTYPE)
                 scale_1, zero_1 = scale_3, zero_3
@@ -237,7 +240,7 @@ def _multiply(
             mbarrier.arrive(empty.index(one), count=1)
             other = stage
             other_phase = phase
-            stage, phase = _advance(stage, phase, STAGES)
+            stage, phase = advance(stage, phase, STAGES)
             if GROUP > 0 or not by_planes(KIND):  # else a row has one table
                 numbers = factors(scale_2, zero_2, KIND, DTYPE)
             scale_2, zero_2 = load_factors(scale_ptr, zero_ptr, at, i + 4, groups, BK, GROUP, KIND)

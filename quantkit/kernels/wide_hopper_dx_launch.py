@@ -49,7 +49,7 @@ def costs(weight: LaunchWeight) -> tuple[float, float]:
         return 1.07, 1.15
     step = 0.96 if weight.kind == "affine8" else 1.0
     if weight.zero is not None and weight.zero.is_floating_point():
-        step += 0.08
+        step += 0.12
     return step, 1.15 if weight.kind == "affine8" else 1.0
 
 
