@@ -1,4 +1,4 @@
-"""Products of `wide_hopper_kernel` on a device (sm_90): W bit for bit, sums within their rounding, no race.
+"""Products of `wide_hopper_kernel` and `wide_hopper_dx_kernel` on a device (sm_90): W bit for bit, sums, no race.
 
     python scripts/check_wide_gpu.py [--jobs 12]
 
@@ -15,10 +15,19 @@ from dataclasses import replace
 from multiprocessing import get_context
 
 import torch
+from torch import Tensor
 
 from quantkit.encoding import Float8, dequantize
-from quantkit.kernels import launch, launch_weight, ops, sliced, wide_hopper_launch
+from quantkit.kernels import (
+    launch,
+    launch_weight,
+    ops,
+    sliced,
+    wide_hopper_dx_launch,
+    wide_hopper_launch,
+)
 from quantkit.kernels.bench_cases import random_weight
+from quantkit.kernels.launch_weight import LaunchWeight
 from quantkit.kernels.wide_hopper_plan import cut, plan
 
 #: Groups of a step, of a turn (two steps), longer, of a row; float zeros; tails of N; odd numbers of steps and turns.
@@ -64,7 +73,30 @@ def check(form: str, n: int, k: int, dtype: torch.dtype) -> str:
         error = float((got.double() - want).norm() / want.norm())
         assert error < LIMITS[dtype], f"{error:.1e}: {rows} rows, {chosen}"
         worst = max(worst, error)
-    return f"{worst:.1e}"
+    if weight.kind not in wide_hopper_dx_launch.DECODED:
+        return f"{worst:.1e}"
+    return f"{worst:.1e}, gradient {check_gradient(weight, dense):.1e}"
+
+
+def check_gradient(weight: LaunchWeight, dense: Tensor) -> float:
+    """dx of the same weight by every plan; the worst error."""
+    (n, k), dtype, device, worst = dense.shape, dense.dtype, dense.device, 0.0
+    units = sliced.multiprocessors(device)
+    eye = torch.eye(n, device=device, dtype=dtype)
+    assert wide_hopper_dx_launch.covers(eye, weight, k), "gradient not covered"
+    through = wide_hopper_dx_launch.launch_dx(eye, weight, k, plan(n, k, n, units, True))
+    assert torch.equal(through, dense), "W of the gradient differs"
+    for rows, high, parts in PLANS:
+        grad = torch.randn(rows, n, device=device, dtype=dtype)
+        chosen = cut(rows, k, n, units, high, parts, True)
+        got = wide_hopper_dx_launch.launch_dx(grad, weight, k, chosen)
+        again = [wide_hopper_dx_launch.launch_dx(grad, weight, k, chosen) for _ in range(20)]
+        assert all(torch.equal(got, other) for other in again), f"gradients differ: {rows} rows, {chosen}"
+        want = grad.double() @ dense.double()
+        error = float((got.double() - want).norm() / want.norm())
+        assert error < LIMITS[dtype], f"gradient {error:.1e}: {rows} rows, {chosen}"
+        worst = max(worst, error)
+    return worst
 
 
 def checked(case: tuple[str, int, int, torch.dtype]) -> tuple[bool, str]:
@@ -75,13 +107,21 @@ def checked(case: tuple[str, int, int, torch.dtype]) -> tuple[bool, str]:
 
 
 def check_op() -> None:
-    """The op takes this route."""
+    """The ops take these routes, with act-order too."""
     packed = random_weight("affine-4g128", 4096, 4096, torch.device("cuda"))
     assert packed.zero is not None
     x = torch.randn(2, 512, 4096, device="cuda", dtype=torch.float16)
     through = ops.affine_linear(x, packed.codes, packed.scale, packed.zero, None, None, 4, 128, None)
     direct = wide_hopper_launch.multiply(x.view(1024, 4096), launch_weight.of(packed), None)
     assert direct is not None and torch.equal(through.view(1024, 4096), direct)
+    perm = torch.randperm(4096, device="cuda")
+    weight = launch_weight.of(packed)._replace(perm=perm)
+    back = ops.affine_linear_backward(x, packed.codes, packed.scale, packed.zero, perm, 4, 128, 4096)
+    direct = wide_hopper_dx_launch.multiply(x.view(1024, 4096), weight, 4096)
+    assert direct is not None and torch.equal(back.view(1024, 4096), direct)
+    dense = dequantize(replace(packed, perm=perm), torch.float16)
+    error = (direct.double() - x.view(1024, 4096).double() @ dense.double()).norm() / direct.double().norm()
+    assert error < LIMITS[torch.float16], f"act-order: {error:.1e}"
 
 
 def main() -> int:

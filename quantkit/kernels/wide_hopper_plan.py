@@ -101,9 +101,9 @@ def plan(m: int, n: int, k: int, units: int, gradient: bool = False) -> Plan:
 def choose(m: int, n: int, k: int, cost: float, units: int, other_cost: float = 1.0) -> Plan | None:
     """The plan for `m` rows of x and `[n, k]` of W, or None where another route takes less time.
 
-    `cost`: what a step costs over one of 4 bits in groups of 128. `other_cost`: the same of the other fused
-    kernels, for few rows. Beyond FUSED_ROWS the other route is BLAS, which takes the same time for a full tile, within 5 %. What is
-    lost here is the rest of the last wave of tiles; what is lost there is the time of dequantizing W.
+    `cost`: what a step costs over one of 4 bits in groups of 128. `other_cost`: the same of the other fused kernels,
+    for few rows. Beyond FUSED_ROWS the other route is BLAS, which takes the same time for a full tile, within 5 %. What
+    is lost here is the rest of the last wave of tiles; what is lost there is the time of dequantizing W.
     """
     if not LEAST_ROWS < m <= MOST_ROWS or units == 0:
         return None
