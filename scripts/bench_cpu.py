@@ -11,18 +11,22 @@ The same packed tensors, attributes, number of threads and input tensor for all:
     dense      torch.nn.functional.linear, float32
 
 `run` and `bound` have the session options that were fastest here (force_spinning_stop). Weights are cold: copies of
-96 MiB together take turns. Candidates alternate in blocks of calls; the first calls of a block do not count, because
-threads of the candidate before may still spin. `default` and `dense`, whose threads spin longest, come in rounds of
-their own. Medians over all counted calls, in microseconds.
+256 MiB together take turns, each candidate's own. Candidates alternate in blocks of calls; the first calls of a block
+do not count, because threads of the candidate before may still spin. `default` and `dense`, whose threads spin longest,
+come in rounds of their own. Medians over all counted calls, in microseconds; rounds in which another process took the
+processor from one of the candidates (Linux tells) are dropped for all of them, and counted in the last column.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import glob
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -35,8 +39,10 @@ from quantkit.kernels import cpu, cpu_sessions, cpu_weights, reference
 from quantkit.kernels.bench_cases import random_weight, run_op
 
 Call = Callable[[], Any]
-COLD_BYTES = 96 << 20
+COLD_BYTES = 256 << 20
 SKIPPED, COUNTED = 3, 9
+#: Share of a block's time that its threads may have waited for a processor.
+DISTURBED = 0.05
 
 
 def own_session(packed: PackedWeight, level: int, spin: bool) -> Any:
@@ -112,19 +118,43 @@ def in_turn(calls: list[Call]) -> Call:
     return call
 
 
-def medians(candidates: dict[str, Call], seconds: float) -> dict[str, float]:
-    """Microseconds, from alternating blocks: at least three each."""
+def waited() -> int:
+    """Nanoseconds that this process' threads were ready and had no processor; 0 where nothing tells."""
+    total = 0
+    for path in glob.glob("/proc/self/task/*/schedstat"):
+        with contextlib.suppress(OSError):  # a thread that has just ended
+            total += int(Path(path).read_text().split()[1])
+    return total
+
+
+def medians(candidates: dict[str, Call], seconds: float, drop: bool = True) -> tuple[dict[str, float], str]:
+    """Microseconds, from alternating blocks, at least three each; and how many rounds were dropped of how many.
+
+    `drop=False` drops none: for candidates whose own threads spin in each other's way.
+    """
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    end, rounds = time.perf_counter() + seconds, 0
-    while rounds < 3 or time.perf_counter() < end:
+    end, rounds, dropped = time.perf_counter() + seconds, 0, 0
+    while rounds - dropped < 3 or time.perf_counter() < end:
+        found: dict[str, list[float]] = {}
+        disturbed = False
         for name, call in candidates.items():
-            for i in range(SKIPPED + COUNTED):
+            for _ in range(SKIPPED):
+                call()
+            before, found[name] = waited(), []
+            for _ in range(COUNTED):
                 start = time.perf_counter()
                 call()
-                if i >= SKIPPED:
-                    times[name].append(time.perf_counter() - start)
+                found[name].append(time.perf_counter() - start)
+            disturbed |= waited() - before > DISTURBED * sum(found[name]) * 1e9
         rounds += 1
-    return {name: statistics.median(values) * 1e6 for name, values in times.items()}
+        if drop and disturbed:
+            dropped += 1
+            if dropped < 1000:
+                continue
+            raise SystemExit("the machine is too busy: 1000 rounds were disturbed")
+        for name, values in found.items():
+            times[name] += values
+    return {name: statistics.median(values) * 1e6 for name, values in times.items()}, f"{dropped}/{rounds}"
 
 
 @torch.no_grad()
@@ -156,12 +186,13 @@ def measure(bits: int, n: int, k: int, rows: list[int], mode: str, seconds: floa
             "dense": in_turn([lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in dense]),
         }
         spinning["default"]()
-        found = {**medians(quiet, seconds), **medians(spinning, seconds / 3)}
+        found, dropped = medians(quiet, seconds)
+        found |= medians(spinning, seconds / 3, drop=False)[0]
         us = found["quantkit"]
         cells = [f"{bits}", f"{n}x{k}", f"{m}", mode, f"{us:.0f}"]
         cells += [f"{found[name]:.0f}" for name in ("run", "bound", "default", "dense")]
         cells += [f"{us / found[name]:.2f}" for name in ("run", "bound", "default")]
-        print("| " + " | ".join([*cells, f"{found['dense'] / us:.1f}"]) + " |", flush=True)
+        print("| " + " | ".join([*cells, f"{found['dense'] / us:.1f}", dropped]) + " |", flush=True)
         del quiet, spinning
 
 
@@ -177,7 +208,7 @@ def measure_codebook(n: int, k: int, rows: list[int], seconds: float) -> None:
             "run": in_turn([run_call(w, -1, x, False) for w in copies]),
             "dense": in_turn([lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in dense]),
         }
-        found = medians(candidates, seconds)
+        found, _ = medians(candidates, seconds, drop=False)
         cells = [f"{n}x{k}", f"{m}", *(f"{found[name]:.0f}" for name in candidates)]
         cells += [f"{found['quantkit'] / found[name]:.2f}" for name in ("run", "dense")]
         print("| " + " | ".join(cells) + " |", flush=True)
@@ -195,7 +226,7 @@ def measure_float8(n: int, k: int, rows: list[int], seconds: float) -> None:
             "reference": in_turn([lambda w=w, x=x: reference.quant_linear(x, w) for w in copies]),
             "dense": in_turn([lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in dense]),
         }
-        found = medians(candidates, seconds)
+        found, _ = medians(candidates, seconds, drop=False)
         cells = [f"{n}x{k}", f"{m}", *(f"{found[name]:.0f}" for name in candidates)]
         cells += [f"{found['quantkit'] / found[name]:.2f}" for name in ("reference", "dense")]
         print("| " + " | ".join(cells) + " |", flush=True)
@@ -228,8 +259,8 @@ def main() -> None:
             measure_format(n, k, rows, given.seconds)
         return
     header = ["bits", "N x K", "M", "mode", "quantkit", "run", "bound", "default", "dense"]
-    print("| " + " | ".join([*header, "/ run", "/ bound", "/ default", "dense /"]) + " |")
-    print("|" + " --- |" * 4 + " ---: |" * 9)
+    print("| " + " | ".join([*header, "/ run", "/ bound", "/ default", "dense /", "dropped"]) + " |")
+    print("|" + " --- |" * 4 + " ---: |" * 10)
     for n, k in shapes:
         for bits in map(int, given.bits.split(",")):
             for mode in given.mode.split(","):

@@ -31,6 +31,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -99,14 +100,15 @@ class Session:
                     ctypes.memmove(bound[1].data_ptr(), x.data_ptr(), 4 * rows * self.in_features)
                 else:
                     bound[1].copy_(x)
-                cpu_workers.run_all(bound[3], self._threads)
-                return self._assembled(bound[2], rows)
+                fresh: list[Tensor] = []
+                cpu_workers.run_all(bound[3], self._threads, (_append_empty, (fresh, bound[2])))
+                return self._assembled(bound[2], fresh[0])
             finally:
                 _buffers_taken.release()
         x = x.float().contiguous()
         out = torch.empty((rows, self.out_features), dtype=torch.float32)
         cpu_workers.run_all(self._jobs(x, out), self._threads)
-        return out if len(self._parts) == 1 else self._assembled(out, rows)
+        return out if len(self._parts) == 1 else self._assembled(out, torch.empty_like(out))
 
     def _jobs(self, x: Tensor, out: Tensor) -> list[cpu_workers.Job]:
         """One run per part, from `x [M, K]` to its own stretch of `out`'s memory."""
@@ -119,9 +121,9 @@ class Session:
             jobs.append((part.run_with_iobinding, binding))
         return jobs
 
-    def _assembled(self, parts: Tensor, rows: int) -> Tensor:
-        """A new `[M, N]` of the pieces' results, which lie one after the other in the memory of `parts`."""
-        out = torch.empty_like(parts)
+    def _assembled(self, parts: Tensor, out: Tensor) -> Tensor:
+        """`out [M, N]`, filled with the pieces' results, which lie one after the other in `parts`' memory."""
+        rows = out.shape[0]
         if rows == 1 or len(self._counts) == 1:
             ctypes.memmove(out.data_ptr(), parts.data_ptr(), 4 * rows * self.out_features)
             return out
@@ -133,6 +135,11 @@ class Session:
             target[:, start : start + count] = piece
             start += count
         return out
+
+
+def _append_empty(argument: tuple[list[Tensor], Tensor]) -> None:
+    """Append to the list an empty tensor like the other one."""
+    argument[0].append(torch.empty_like(argument[1]))
 
 
 #: Most rows that go through the shared buffers (4 * rows bytes for each width in a model, once).
@@ -152,15 +159,16 @@ def _buffer(name: str, count: int) -> Tensor:
 def _pieces(node: Node) -> tuple[list[int], int]:
     """First output row of each piece, and how many threads share them (at least 2**18 weights each).
 
-    One large piece per thread, the caller's (the first) a little larger, and two small ones for whoever is
-    free first. Measured on two threads: docs/benchmarks/kernels-cpu.md.
+    One large piece per thread, the caller's (the first) a little larger, and small ones for whoever is free first:
+    on two threads one, since each costs 17 us (its session's code and data are out of the cache) and a second evens
+    out less than that. Measured on two threads: docs/benchmarks/kernels-cpu.md.
     """
     n, k = node.out_features, node.in_features
     threads = max(1, min(torch.get_num_threads(), n // 64, n * k >> 18))
     if threads == 1:
         return [0], 1
-    small = 0.24 / threads
-    shares = [(1 - 2 * small) / threads] * threads + [small * 1.2, small * 0.8]
+    small = [0.05] if threads == 2 else [0.288 / threads, 0.192 / threads]
+    shares = [(1 - sum(small)) / threads] * threads + small
     shares[0] *= 1.1
     starts, end = [0], 0.0
     for share in shares:
@@ -288,18 +296,20 @@ _entries: dict[_Key, _Entry] = {}
 #: Keys that read a storage, by its identity; a storage is here while a finalizer watches it.
 _watched: dict[int, set[_Key]] = {}
 _lock = threading.RLock()
+# Not comprehensions, which are a function each: their code is out of the cache when a look-up comes.
+_address, _version = Tensor.data_ptr, attrgetter("_version")
 
 
 def find(kind: Any, tensors: tuple[Tensor, ...]) -> Any:
     """What `prepared` keeps for these arguments, or None."""
-    entry = _entries.get((kind, *[t.data_ptr() for t in tensors], tensors[0].shape))
+    entry = _entries.get((kind, *map(_address, tensors), tensors[0].shape))
     return entry.value if entry is not None and entry.versions == _versions(tensors) else None
 
 
 def _versions(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
     """How often each was written to; inference tensors do not say."""
     try:
-        return tuple([t._version for t in tensors])
+        return tuple(map(_version, tensors))
     except RuntimeError:
         return tuple([-1 if t.is_inference() else t._version for t in tensors])
 
@@ -312,7 +322,7 @@ def prepared(kind: Any, tensors: tuple[Tensor, ...], build: Callable[[], Any]) -
     with _lock:
         value = find(kind, tensors)
         if value is None:
-            key = (kind, *[t.data_ptr() for t in tensors], tensors[0].shape)
+            key = (kind, *map(_address, tensors), tensors[0].shape)
             versions = _versions(tensors)
             value = build()
             _entries[key] = _Entry(versions, value)

@@ -69,31 +69,43 @@ class Op:
         self.register_autograd = self.definition.register_autograd
 
     def __call__(self, *args: Any) -> Tensor:
-        if torch.compiler.is_compiling() or not _plain(args):
+        if _is_compiling() or not _plain(args):
             out: Tensor = self.definition(*args)
             return out
         return self._run(*args)
 
 
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+# Looked up once: after a product on a CPU none of torch's large module dictionaries is in the cache.
+_is_compiling = torch.compiler.is_compiling
+_grad_enabled = torch.is_grad_enabled
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_transform = torch._C._functorch.peek_interpreter_stack
+_tracing_state = torch._C._get_tracing_state
+_profiling = torch._C._autograd._profiler_enabled
+_forward_ad = torch.autograd.forward_ad
+_Parameter = torch.nn.Parameter
+#: Asked before `isinstance`, which Tensor's metaclass makes slow for what is no tensor.
+_WITHOUT_TENSORS = frozenset({type(None), int, float, bool, str})
 
 
 def _plain(args: tuple[Any, ...]) -> bool:
     """May a call with `args` pass the dispatcher by?"""
-    gradients = torch.is_grad_enabled()
+    gradients = _grad_enabled()
     for a in args:
-        if type(a) in _PLAIN_TYPES:
+        kind = type(a)
+        if kind is Tensor or kind is _Parameter:
             if (gradients and a.requires_grad) or a.is_meta:
                 return False
-        elif isinstance(a, Tensor):
+        elif kind not in _WITHOUT_TENSORS and isinstance(a, Tensor):
             return False
     return not (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._autograd._profiler_enabled()
+        _dispatch_modes()
+        or _function_modes()
+        or _transform() is not None
+        or _tracing_state() is not None
+        or _forward_ad._current_level >= 0
+        or _profiling()
     )
 
 
