@@ -3,11 +3,10 @@
     M = 1               `gemv`, where it covers the weight (4 and 3 bits)
     M = 2 .. 8          `few_rows`, likewise
     M <= FUSED_ROWS     `affine_gemm`, `affine_gemm_wide`: codes to tensor cores, no dense weight anywhere
-    M = 17 .. 3072      `wide_hopper` on sm_90, where it covers the weight and measured faster (not 1 bit; 2 and 3
-                        bits by the costs measured for 4)
+    M = 17 .. 4096      `wide_hopper` on sm_90, where it covers the weight and measured faster (not 1 bit)
     larger              W, or a slice of it at a time, is dequantized and the vendor's BLAS multiplies
 
-and the same two routes for dx = dy @ W. The functions have the ops' names and arguments
+and the same routes for dx = dy @ W (`wide_hopper_dx` from 17 rows on, 4 and 8 bits). The functions have the ops' names and arguments
 (`quantkit.kernels.ops`); `NotImplemented` hands the call back to the reference.
 """
 
