@@ -6,8 +6,8 @@
     M = 17 .. 4096      `wide_hopper` on sm_90, where it covers the weight and measured faster (not 1 bit)
     larger              W, or a slice of it at a time, is dequantized and the vendor's BLAS multiplies
 
-and the same routes for dx = dy @ W (`wide_hopper_dx` from 17 rows on, 4 and 8 bits). The functions have the ops' names and arguments
-(`quantkit.kernels.ops`); `NotImplemented` hands the call back to the reference.
+and the same routes for dx = dy @ W (`wide_hopper_dx` from 17 rows on, 4 and 8 bits). The functions have the ops' names
+and arguments (`quantkit.kernels.ops`); `NotImplemented` hands the call back to the reference.
 """
 
 from __future__ import annotations
