@@ -48,6 +48,19 @@ def product_loops(lines: list[str]) -> list[list[str]]:
     return [lines[start : end + 1] for start, end in smallest]
 
 
+def beside_products(loop: list[str]) -> list[list[str]]:
+    """What runs from the issue of the first of a loop's two products to that of the second, and from there to the
+    last wait.
+
+    Serialized products have a wait of their own each: here there are two, one of which leaves a group in flight.
+    """
+    waits = [i for i, line in enumerate(loop) if "DEPBAR.LE gsb0" in line]
+    assert [loop[i].split()[-1] for i in waits] == ["0x1", "0x0"]
+    ends = [i for i, line in enumerate(loop) if "HGMMA" in line and "gsb0" in line]
+    assert len(ends) == 2 and ends[1] < waits[0]
+    return [loop[ends[0] : ends[1]], loop[ends[1] : waits[1]]]
+
+
 def overwritten_operands(loop: list[str]) -> list[str]:
     """Writes to registers that a product of the loop may still be reading: two turns are followed.
 
@@ -80,7 +93,8 @@ def _written(line: str) -> Iterable[int]:
         return ()
     first, count = int(result[1]), 1
     if operation.startswith("LD"):
-        count = 4 if ".128" in operation else 2 if ".64" in operation else 1
+        matrices = re.match(r"LDSM\..*\.([24])$", operation)
+        count = int(matrices[1]) if matrices else 4 if ".128" in operation else 2 if ".64" in operation else 1
     elif ".WIDE" in operation or operation.startswith("CS2R"):
         count = 2
     return range(first, first + count)

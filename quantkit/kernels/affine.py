@@ -129,13 +129,12 @@ def affine_linear_backward(
     weight = AffineWeight(codes, scale, zero, perm, bits, group_size)
     with device_of(grad):
         m = rows.shape[0]
-        own = None
         if m > wide_hopper_plan.LEAST_ROWS:
             packed = launch_weight.affine(codes, scale, zero, perm, n, bits, group_size)
             own = wide_hopper_dx_launch.multiply(rows, packed, k)
-        if own is not None:
-            out = own
-        elif tuning.fused_backward("affine", m, n, k, bits) and grad.dtype != torch.float32:
+            if own is not None:
+                return own.view(*grad.shape[:-1], k)
+        if tuning.fused_backward("affine", m, n, k, bits) and grad.dtype != torch.float32:
             out = launch_backward(rows, weight, k, tuning.backward_config("affine", m, n, k))
         else:
             out = _sliced_backward(rows, weight, k)

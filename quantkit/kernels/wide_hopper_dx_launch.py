@@ -12,24 +12,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.kernels import launch as device
 from quantkit.kernels import sliced
 from quantkit.kernels.launch import cdiv
 from quantkit.kernels.launch_weight import Kind, LaunchWeight
-from quantkit.kernels.wide_hopper_launch import KINDS, TOGETHER, bits, sum_parts, unless_refused
+from quantkit.kernels.wide_hopper_launch import (
+    KINDS,
+    TOGETHER,
+    aligned,
+    bits,
+    covers_weight,
+    run,
+    sum_parts,
+    unless_refused,
+)
 from quantkit.kernels.wide_hopper_plan import BN, TILES, Plan, choose_gradient
 
 #: Rows of W per step; columns of W in a unit of 16 bits are 16 / bits.
 BS = 64
-#: Registers that a thread starts with, that a multiplying one gets, and one that copies or reads scales.
-REGISTERS, OF_PRODUCTS, OF_OTHERS = 168, 232, 40
+#: Registers that a multiplying thread gets, and one that copies or reads scales (`wide_hopper_launch.REGISTERS`).
+OF_PRODUCTS, OF_OTHERS = 232, 40
 #: Bytes of shared memory that a block may have.
 SHARED = 232448
 
 #: What the kernel decodes.
 DECODED: tuple[Kind, ...] = ("affine4", "affine8", "codebook", "float8")
-#: (device, dtypes, alignment, constants) -> the compiled kernel. (Not by `launch.launch`: ADR 0026.)
-_compiled: dict[tuple[Any, ...], Any] = {}
 
 
 def multiply(grad: Tensor, weight: LaunchWeight, k: int) -> Tensor | None:
@@ -54,28 +60,8 @@ def costs(weight: LaunchWeight) -> tuple[float, float]:
 
 
 def covers(grad: Tensor, weight: LaunchWeight, k: int) -> bool:
-    """Can the kernel multiply `grad [M, N]` by this weight `[N, k]` on this device?
-
-    TMA wants addresses and rows of whole 16 bytes. Rows of a codebook must be whole blocks. Recorded launches
-    (`quantkit.kernels.aot`) have no addresses at all and are not covered.
-    """
-    codes, scale, zero, lut = weight.codes, weight.scale, weight.zero, weight.lut
-    return (
-        weight.kind in DECODED
-        and grad.device.type != "meta"
-        and device.target() == ("cuda", 90)
-        and grad.dtype in (torch.float16, torch.bfloat16)
-        and weight.group % 64 == 0
-        and k % 64 == 0
-        and weight.n % 8 == 0
-        and codes.is_contiguous()
-        and (weight.kind != "float8" or scale.dtype == torch.float32)
-        and codes.data_ptr() % 16 == 0
-        and scale.is_contiguous()
-        and (zero is None or zero.is_contiguous())
-        and (lut is None or (k % weight.group == 0 and lut.dtype == torch.float32 and lut.numel() == 16))
-        and scale.numel() < 2**31
-    )
+    """Can the kernel multiply `grad [M, N]` by this weight `[N, k]` on this device?"""
+    return weight.kind in DECODED and covers_weight(grad, weight, k)
 
 
 def launch_dx(grad: Tensor, weight: LaunchWeight, k: int, chosen: Plan) -> Tensor:
@@ -85,8 +71,7 @@ def launch_dx(grad: Tensor, weight: LaunchWeight, k: int, chosen: Plan) -> Tenso
     from quantkit.kernels.wide_hopper_dx import wide_hopper_dx_kernel
 
     kind, n, group, codes, scale, zero, lut, perm, scale_rows = weight
-    if grad.stride(1) != 1 or grad.stride(0) % 8 or grad.data_ptr() % 16:
-        grad = grad.contiguous() if not grad.is_contiguous() else grad.clone()
+    grad = aligned(grad)
     m = grad.shape[0]
     out = grad.new_empty((m, k))
     unit = 16 // bits(kind)
@@ -127,11 +112,7 @@ def launch_dx(grad: Tensor, weight: LaunchWeight, k: int, chosen: Plan) -> Tenso
         OF_PRODUCTS,
         OF_OTHERS,
     )
-    key = (grad.device, grad.dtype, constants, *[(p.dtype, p.data_ptr() & 15 == 0) for p in pointers])
-    if (found := _compiled.get(key)) is not None:
-        found[grid](*arguments, *constants)
-    else:
-        _compiled[key] = wide_hopper_dx_kernel[grid](*arguments, *constants, num_warps=4, maxnreg=REGISTERS)
+    run(wide_hopper_dx_kernel, grid, grad, pointers, arguments, constants)
     if cut:
         sum_parts(sums, None, out, whole)
     return out if perm is None else torch.empty_like(out).index_copy_(1, perm, out)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -34,7 +34,7 @@ KINDS: dict[Kind, int] = {"codebook": 0, "float8": 1, "affine2": 2, "affine3": 3
 AFFINE_BITS = (2, 3, 4, 8)
 
 _refused = False
-#: (device, dtypes, alignment, constants) -> the compiled kernel. (Not by `launch.launch`: ADR 0026.)
+#: (kernel, device, dtypes, alignment, constants) -> the compiled kernel. (Not by `launch.launch`: ADR 0026.)
 _compiled: dict[tuple[Any, ...], Any] = {}
 log = logging.getLogger(__name__)
 
@@ -44,10 +44,10 @@ def multiply(x: Tensor, weight: LaunchWeight, bias: Tensor | None) -> Tensor | N
     if _refused or not covers(x, weight):
         return None
     units = sliced.multiprocessors(x.device)
-    few_rows_cost = (
-        2.0 if weight.kind == "affine3" else 1.0
-    )  # H100: 29 us of 4096 x 4096 where 4 bits take 12
-    chosen = choose(x.shape[0], weight.n, x.shape[1], decoding_cost(weight), units, few_rows_cost)
+    # The other fused kernel takes 29 us for 32 rows and 4096 x 4096 of three bits, 12 of four (H100).
+    chosen = choose(
+        x.shape[0], weight.n, x.shape[1], decoding_cost(weight), units, slow=weight.kind == "affine3"
+    )
     return None if chosen is None else unless_refused(lambda: launch_wide(x, weight, bias, chosen))
 
 
@@ -74,13 +74,18 @@ def unless_refused(launch: Callable[[], Tensor]) -> Tensor | None:
 
 
 def covers(x: Tensor, weight: LaunchWeight) -> bool:
-    """Can the kernel multiply `x [M, K]` by this weight on this device? (Is it the faster way: `choose`.)
+    """Can the kernel multiply `x [M, K]` by this weight on this device? (Is it the faster way: `choose`.)"""
+    return covers_weight(x, weight, x.shape[1])
+
+
+def covers_weight(x: Tensor, weight: LaunchWeight, k: int) -> bool:
+    """The same of `x` with 16-bit rows of any length and a weight of `k` inputs: of gradients too.
 
     TMA wants addresses and rows of whole 16 bytes; three bits have that where their high plane begins only if K is a
     multiple of 128. Rows of a codebook must be whole blocks. Recorded launches
     (`quantkit.kernels.aot`) have no addresses at all and are not covered.
     """
-    codes, scale, zero, lut, k = weight.codes, weight.scale, weight.zero, weight.lut, x.shape[1]
+    codes, scale, zero, lut = weight.codes, weight.scale, weight.zero, weight.lut
     return (
         weight.kind in KINDS
         and x.device.type != "meta"
@@ -102,8 +107,8 @@ def covers(x: Tensor, weight: LaunchWeight) -> bool:
 def decoding_cost(weight: LaunchWeight) -> float:
     """Time of a tile of this weight over one of 4 bits, integer zeros, groups of 128 (M = 256 to 2048).
 
-    Not measured for 2 and 3 bits, but from instructions of a turn in the compiled loop (tiles of 256 rows, bfloat16):
-    4 bits in groups of 128 have 319, 3 bits 288, in groups of 64 350, there with float zeros 368 (float16).
+    2 and 3 bits: from the instructions of a turn in the compiled loop (tiles of 256 rows, bfloat16), 319 for 4 bits in
+    groups of 128, 288 for 3 bits, in groups of 64 350.
     """
     if weight.kind == "float8":
         return 1.0
@@ -123,8 +128,8 @@ def launch_wide(x: Tensor, weight: LaunchWeight, bias: Tensor | None, chosen: Pl
     kind, n, group, codes, scale, zero, lut, perm, scale_rows = weight
     if perm is not None:
         x = x.index_select(1, perm)
-    elif x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
-        x = x.contiguous() if not x.is_contiguous() else x.clone()
+    else:
+        x = aligned(x)
     m, k = x.shape
     out = x.new_empty((m, n))
     words = codes.view(torch.int32)
@@ -169,15 +174,34 @@ def launch_wide(x: Tensor, weight: LaunchWeight, bias: Tensor | None, chosen: Pl
         bias is not None,
         OF_PRODUCTS,
     )
-    # What Triton compiles for (no integers): looking it up there takes longer than some products.
-    key = (x.device, x.dtype, constants, *[(p.dtype, p.data_ptr() & 15 == 0) for p in pointers])
-    if (found := _compiled.get(key)) is not None:
-        found[grid](*arguments, *constants)
-    else:
-        _compiled[key] = wide_hopper_kernel[grid](*arguments, *constants, num_warps=4, maxnreg=REGISTERS)
+    run(wide_hopper_kernel, grid, x, pointers, arguments, constants)
     if cut:
         sum_parts(sums, bias, out, whole)
     return out
+
+
+def aligned(x: Tensor) -> Tensor:
+    """`x [M, K]` as TMA reads it: rows of neighbours, which begin at multiples of 16 bytes."""
+    if x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone() if x.is_contiguous() else x.contiguous()
+
+
+def run(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    x: Tensor,
+    pointers: Sequence[Tensor],
+    arguments: tuple[Any, ...],
+    constants: tuple[Any, ...],
+) -> None:
+    """Launch a Gluon kernel on the device of `x`; `pointers` are the tensors among its arguments."""
+    # What Triton compiles for (no integers): looking it up there takes longer than some products.
+    key = (kernel, x.device, x.dtype, constants, *[(p.dtype, p.data_ptr() & 15 == 0) for p in pointers])
+    if (found := _compiled.get(key)) is not None:
+        found[grid](*arguments, *constants)
+    else:
+        _compiled[key] = kernel[grid](*arguments, *constants, num_warps=4, maxnreg=REGISTERS)
 
 
 def sum_parts(sums: Tensor, bias: Tensor | None, out: Tensor, whole: int) -> None:

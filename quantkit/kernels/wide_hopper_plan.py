@@ -38,7 +38,7 @@ SECOND_PASS, PER_ROUND, PER_ROW = 3.0, 1.5, 0.0002
 
 #: Up to so many rows the kernels without shared memory and `affine_gemm`, ... were faster.
 LEAST_ROWS = 16
-#: Up to ROWS the others were faster for weights of fewer values than FEW (4096 x 4096 against 14336 x 4096); of fewer
+#: Up to ROWS the others were faster for weights of fewer values than FEW (4096 x 4096 against 6144 x 4096); of fewer
 #: than LEAST none was measured.
 ROWS, FEW, LEAST = 32, 3 << 23, 1 << 24
 #: Up to so many rows the alternative is a fused kernel, behind it BLAS on the dequantized weight.
@@ -47,8 +47,6 @@ FUSED_ROWS = 128
 MOST_ROWS = 4096
 #: Time of dequantizing W over that of one wave of tiles of 256 rows is N over this number, whatever K is.
 DEQUANTIZED_PER_WAVE = 12300
-
-
 #: Bytes and operations that BLAS on the dequantized weight does in a us, and us that a small product takes besides.
 BLAS_OPERATIONS, BLAS_BYTES, BLAS_LEAST = 7.2e8, 2.9e6, 4.0
 #: Of gradients: us of dequantizing a value of 4 bits; us that slices of W cost, from how many rows on.
@@ -98,18 +96,18 @@ def plan(m: int, n: int, k: int, units: int, gradient: bool = False) -> Plan:
     return min(candidates, key=lambda p: p.us)
 
 
-def choose(m: int, n: int, k: int, cost: float, units: int, other_cost: float = 1.0) -> Plan | None:
+def choose(m: int, n: int, k: int, cost: float, units: int, slow: bool = False) -> Plan | None:
     """The plan for `m` rows of x and `[n, k]` of W, or None where another route takes less time.
 
-    `cost`: what a step costs over one of 4 bits in groups of 128. `other_cost`: the same of the other fused kernels,
-    for few rows. Beyond FUSED_ROWS the other route is BLAS, which takes the same time for a full tile, within 5 %. What
-    is lost here is the rest of the last wave of tiles; what is lost there is the time of dequantizing W.
+    `cost`: what a step costs over one of 4 bits in groups of 128. `slow`: do the other fused kernels take twice as long
+    as for 4 bits? Beyond FUSED_ROWS the other route is BLAS, which takes the same time for a full tile, within 5 %.
+    What is lost here is the rest of the last wave of tiles; what is lost there is the time of dequantizing W.
     """
     if not LEAST_ROWS < m <= MOST_ROWS or units == 0:
         return None
     chosen = plan(m, n, k, units)
     if m <= FUSED_ROWS:
-        return chosen if n * k >= (FEW if m <= ROWS and other_cost < 1.5 else LEAST) else None
+        return chosen if n * k >= (FEW if m <= ROWS and not slow else LEAST) else None
     wave = cdiv(k, 2 * BK) * 2 * TILES[256].step
     blas = max(m * n / (256 * BN * units) * wave, 2 * n * k / BLAS_BYTES + BLAS_LEAST)
     return chosen if chosen.us * cost < blas + n / DEQUANTIZED_PER_WAVE * wave else None

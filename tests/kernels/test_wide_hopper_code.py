@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from kernel_support import compiled
-from sass_support import disassembled, overwritten_operands, product_loops
+from sass_support import beside_products, disassembled, overwritten_operands, product_loops
 
 pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon")
@@ -96,15 +96,9 @@ def test_compiled_code(
     count = {"affine8": 48, "affine3": 12, "affine2": 4}.get(kind, 16)
     for loop in loops:
         assert sum("HGMMA" in line for line in loop) == 8
-        # Serialized products have a wait of their own each: here two, one of which leaves a group in flight.
-        waits = [i for i, line in enumerate(loop) if "DEPBAR.LE gsb0" in line]
-        assert [loop[i].split()[-1] for i in waits] == ["0x1", "0x0"]
-        ends = [i for i, line in enumerate(loop) if "HGMMA" in line and "gsb0" in line]
-        assert len(ends) == 2 and ends[1] < waits[0]
         # 32 weights are decoded while the product before is in flight: from one issue to the next, and from there
         # to the last wait, behind which ptxas leaves only the rounding.
-        for start, stop in ((ends[0], ends[1]), (ends[1], waits[1])):
-            between = loop[start:stop]
+        for between in beside_products(loop):
             assert sum(line.startswith(takes) for line in between) == count
             if planes:
                 # Beside them those of tables, 4 each: two a step, which may be the next one's.
@@ -114,6 +108,7 @@ def test_compiled_code(
         assert not overwritten_operands(loop)
         assert not any("MEMBAR" in line for line in loop)
         # The first release gives back what the second step's decoding reads as well: by all warps, before its product.
+        ends = [i for i, line in enumerate(loop) if "HGMMA" in line and "gsb0" in line]
         release = next(i for i, line in enumerate(loop) if "SYNCS.ARRIVE" in line)
         reads = [i for i, line in enumerate(loop[:release]) if line.startswith("LDS")]
         assert reads and ends[0] < min(reads) and max(reads) < ends[1]
@@ -146,3 +141,6 @@ def test_an_operand_written_while_it_is_read_is_found() -> None:
     assert overwritten_operands(loop) == [loop[0]]
     assert not overwritten_operands([*loop[:2], loop[2].replace("0x1", "0x0"), loop[3]])
     assert overwritten_operands([*loop[:2], "LDS.128 R150, [R8]", loop[2].replace("0x1", "0x0")])
+    matrices = [*loop[:2], "LDSM.16.MT88.4 R150, [R8]", loop[2].replace("0x1", "0x0")]
+    assert overwritten_operands(matrices), "four registers"
+    assert not overwritten_operands([line.replace(".4 ", ".2 ") for line in matrices])
