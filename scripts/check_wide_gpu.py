@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -27,8 +28,7 @@ from quantkit.kernels import (
     wide_hopper_launch,
 )
 from quantkit.kernels.bench_cases import random_weight
-from quantkit.kernels.launch_weight import LaunchWeight
-from quantkit.kernels.wide_hopper_plan import cut, plan
+from quantkit.kernels.wide_hopper_plan import Plan, cut, plan
 
 #: Groups of a step, of a turn (two steps), longer, of a row; float zeros; tails of N; odd numbers of steps and turns.
 CASES = (
@@ -51,7 +51,7 @@ LIMITS = {torch.bfloat16: 2e-3, torch.float16: 2.5e-4}
 def check(form: str, n: int, k: int, dtype: torch.dtype) -> str:
     """One weight by every plan; what went wrong or the worst error."""
     device = torch.device("cuda")
-    packed, units, worst = random_weight(form, n, k, device), sliced.multiprocessors(device), 0.0
+    packed, units = random_weight(form, n, k, device), sliced.multiprocessors(device)
     if form.startswith(("affine-8", "affine-3g64")):  # the scale's dtype chooses the arithmetic
         packed = replace(packed, scale=packed.scale.to(dtype))
     weight, dense = launch_weight.of(packed), dequantize(packed, dtype)
@@ -62,39 +62,40 @@ def check(form: str, n: int, k: int, dtype: torch.dtype) -> str:
     assert wide_hopper_launch.covers(eye, weight), "not covered"
     through = wide_hopper_launch.launch_wide(eye, weight, None, plan(k, n, k, units))
     assert torch.equal(through.T, dense), "W differs"
-    for rows, high, parts in PLANS:
-        x = torch.randn(rows, k, device=device, dtype=dtype)
-        bias = torch.randn(n, device=device, dtype=dtype)
-        chosen = cut(rows, n, k, units, high, parts)
-        got = wide_hopper_launch.launch_wide(x, weight, bias, chosen)
-        again = [wide_hopper_launch.launch_wide(x, weight, bias, chosen) for _ in range(20)]
-        assert all(torch.equal(got, other) for other in again), f"runs differ: {rows} rows, {chosen}"
-        want = x.double() @ exact.T + bias.double()
-        error = float((got.double() - want).norm() / want.norm())
-        assert error < LIMITS[dtype], f"{error:.1e}: {rows} rows, {chosen}"
-        worst = max(worst, error)
+    bias = torch.randn(n, device=device, dtype=dtype)
+
+    def forward(x: Tensor, chosen: Plan) -> Tensor:
+        return wide_hopper_launch.launch_wide(x, weight, bias, chosen)
+
+    worst = check_plans(forward, exact.T, bias.double(), dtype)
     if weight.kind not in wide_hopper_dx_launch.DECODED:
         return f"{worst:.1e}"
-    return f"{worst:.1e}, gradient {check_gradient(weight, dense):.1e}"
-
-
-def check_gradient(weight: LaunchWeight, dense: Tensor) -> float:
-    """dx of the same weight by every plan; the worst error."""
-    (n, k), dtype, device, worst = dense.shape, dense.dtype, dense.device, 0.0
-    units = sliced.multiprocessors(device)
     eye = torch.eye(n, device=device, dtype=dtype)
     assert wide_hopper_dx_launch.covers(eye, weight, k), "gradient not covered"
-    through = wide_hopper_dx_launch.launch_dx(eye, weight, k, plan(n, k, n, units, True))
-    assert torch.equal(through, dense), "W of the gradient differs"
+
+    def gradient(grad: Tensor, chosen: Plan) -> Tensor:
+        return wide_hopper_dx_launch.launch_dx(grad, weight, k, chosen)
+
+    assert torch.equal(gradient(eye, plan(n, k, n, units, True)), dense), "W of the gradient differs"
+    return f"{worst:.1e}, gradient {check_plans(gradient, dense.double(), None, dtype):.1e}"
+
+
+def check_plans(
+    launch: Callable[[Tensor, Plan], Tensor], weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> float:
+    """Products of random rows with float64 `weight [inputs, outputs]` by every plan; the worst error."""
+    (k, n), worst, device = weight.shape, 0.0, weight.device
+    units = sliced.multiprocessors(device)
     for rows, high, parts in PLANS:
-        grad = torch.randn(rows, n, device=device, dtype=dtype)
-        chosen = cut(rows, k, n, units, high, parts, True)
-        got = wide_hopper_dx_launch.launch_dx(grad, weight, k, chosen)
-        again = [wide_hopper_dx_launch.launch_dx(grad, weight, k, chosen) for _ in range(20)]
-        assert all(torch.equal(got, other) for other in again), f"gradients differ: {rows} rows, {chosen}"
-        want = grad.double() @ dense.double()
+        x = torch.randn(rows, k, device=device, dtype=dtype)
+        chosen = cut(rows, n, k, units, high, parts)
+        got = launch(x, chosen)
+        assert all(torch.equal(got, launch(x, chosen)) for _ in range(20)), (
+            f"runs differ: {rows} rows, {chosen}"
+        )
+        want = x.double() @ weight + (0 if bias is None else bias)
         error = float((got.double() - want).norm() / want.norm())
-        assert error < LIMITS[dtype], f"gradient {error:.1e}: {rows} rows, {chosen}"
+        assert error < LIMITS[dtype], f"{error:.1e}: {rows} rows, {chosen}"
         worst = max(worst, error)
     return worst
 
