@@ -1,33 +1,37 @@
-"""y = W @ x for two to eight rows of x (decoding), from four- and three-bit weights, past shared memory (Triton).
+"""y = W @ x for one to eight rows of x (decoding), from four- and three-bit weights, past shared memory (Triton).
 
 The compiler's own matrix products want operands in their layouts, which costs a trip through shared memory and a
-barrier for every step of K; at few rows, waiting for those and not the memory set the pace (ADR 0039). Here
-nothing changes hands until the end. A warp multiplies 16 rows of W by 8 columns with `mma.m16n8k16`, whose operands
+barrier for every step of K; at few rows, waiting for those and not the memory set the pace (ADR 0028, 0039). Here
+nothing changes hands until the end. A warp multiplies 16 rows by 8 columns with `mma.m16n8k16`, whose operands
 are made where the loads leave them: a product may take its K in any order, as long as W and x take the same.
 
-    thread (g, t) of a warp, g < 8, t < 4, in a block of 4 U inputs (U = 32; three bits: or 64):
-        W      rows g and g + 8, the *unit* of U neighbouring codes t: one 16-byte load each (three bits: two loads)
-        x      column g: the inputs of unit t
+    thread (g, t) of a warp, g < 8, t < 4, in a block of S slices of 4 U inputs (U = 32; three bits: or 64):
+        W      slice g % S of the rows g // S and g // S + 8 / S, in it the *unit* of U neighbouring codes t:
+               one 16-byte load each (three bits: two loads)
+        x      column g: the inputs of unit t in the column's slice
         mma    U / 4 times; each takes 4 codes of both rows and the 4 inputs that belong to them
-        part   rows g and g + 8, columns 2t and 2t + 1, float32
+        part   both rows, columns 2t and 2t + 1, float32
 
-A column is a row of x, or, where groups are shorter than the block, a row of x in one of its groups, zeros
-elsewhere: NC = 4 U / GROUP columns a row of x, so that each part has one scale.
+A column is a row of x in one slice, or, where groups are shorter than a slice, in one of the slice's groups, zeros
+elsewhere: NC = 4 U / GROUP columns a slice, so that each part has one scale; S * NC columns a row of x. A product of
+a row's slice with a column of another slice means nothing and is dropped at the end: for one row of x, the columns
+would be idle otherwise, and a warp now reads few rows of W in long runs instead of 16 in short ones.
 
     one step of the program, K advances by KS * H blocks, KS warps side by side:
         next  = codes, scales and zero points of the next step, asked for before this one's are used
-        acc  += part * scale                                                    codebook
-        acc  += (part - (OFFSET + zero) * sum of the column's x) * scale        affine
+        acc  += part * scale                                                             codebook
+        acc  += (part - sum of offset * x - zero * sum of x) * scale, over the column    affine
 
-The sums of x are another mma, with ones for W. At the end acc is summed over KS, always in the same order.
+The sums are another mma, with offsets and ones for W. At the end acc is summed over KS and the slices, always in the
+same order.
 
 Values, two codes to a register:
     CODEBOOK  table of byte pairs in shared memory (`codebook_lookup`)
-    4 bits    q or-ed into the mantissa of 128 (bfloat16) or 64 (float16): shift and lop3
-    3 bits    the same from both planes, in 128 or 1024: two shifts and two lop3
+    affine    q or-ed into the mantissa of a power of two, the offset (`few_rows_asm`)
 
-Loads are inline PTX, as in `quantkit.kernels.gemv`. That lane 4 g + t holds element (g, t) is Triton's default for
-a tensor `[KS, 8, 4]`; a test reads it in the compiled code. Without PTX the mma is written out: for tests, not speed.
+Loads are inline PTX (a `tl.load` would get a layout of its own, and its result be sent through shared memory). That
+lane 4 g + t holds element (g, t) is Triton's default for a tensor `[KS, 8, 4]`; a test reads it in the compiled code.
+Without PTX the mma is written out: for tests, not speed.
 """
 
 # mypy: ignore-errors
@@ -45,7 +49,6 @@ from quantkit.kernels.few_rows_asm import (
     LOAD_X_IF,
     TABLE_ASM,
     THREE_ASM,
-    THREE_ASM_UPPER,
     THREE_CON,
     WORD_CON,
 )
@@ -101,18 +104,18 @@ def _numbers(p, PAIR: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def _values(w, j: tl.constexpr, lut_ptr, KIND: tl.constexpr, OFFSET: tl.constexpr):
-    """Float32 values of the j-th 8 codes of the unit `w`, plus OFFSET, in the inputs' order (portable)."""
+def _values(w, j: tl.constexpr, lut_ptr, KIND: tl.constexpr):
+    """Float32 values (affine: codes) of the j-th 8 codes of the unit `w`, in the inputs' order (portable)."""
     out = ()
     if KIND == CODEBOOK:
         out = eight_values(w[j], lut_ptr, False)
     elif KIND == AFFINE4:
         for i in tl.static_range(8):
-            out = out + (((w[j] >> (4 * i)) & 15).to(tl.float32) + OFFSET,)
+            out = out + (((w[j] >> (4 * i)) & 15).to(tl.float32),)
     else:
         for i in tl.static_range(8):
             q = (w[j // 2] >> (2 * (8 * (j % 2) + i))) & 3
-            out = out + ((q | (((w[2] >> (8 * j + i)) & 1) << 2)).to(tl.float32) + OFFSET,)
+            out = out + ((q | (((w[2] >> (8 * j + i)) & 1) << 2)).to(tl.float32),)
     return out
 
 
@@ -134,40 +137,37 @@ def _products(
     SUMS: tl.constexpr,
     KS: tl.constexpr,
     KIND: tl.constexpr,
-    OFFSET: tl.constexpr,
     DTYPE: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """`c`, parts of the rows g (two columns) and g + 8 (two), plus the products of 32 codes of both with 16 words of
-    inputs; `sums` of x likewise, as they came where SUMS is off: another tile of rows has added them up.
+    """`c`, parts of the upper row (two columns) and of the lower (two), plus the products of 32 codes of both with 16
+    words of inputs; `sums` (offset * x in two columns, x in two) likewise, as they came where SUMS is off: another
+    tile of rows has added them up. (Portable values have no offset.)
     """
     if ASM:
         which: tl.constexpr = (0 if tl.bfloat16 == DTYPE else 2) + (0 if SUMS else 1)
         con: tl.constexpr = THREE_CON[0 if SUMS else 1] if KIND == AFFINE3 else WORD_CON[0 if SUMS else 1]
-        types: tl.constexpr = (tl.float32,) * (6 if SUMS else 4)
+        types: tl.constexpr = (tl.float32,) * (8 if SUMS else 4)
         if KIND == AFFINE3:
-            first: tl.constexpr = THREE_ASM[which]
-            second: tl.constexpr = THREE_ASM_UPPER[which]
+            asm: tl.constexpr = THREE_ASM[which]
         else:
-            first: tl.constexpr = TABLE_ASM[which] if KIND == CODEBOOK else FOUR_ASM[which]
-            second: tl.constexpr = first
-        for j in tl.static_range(2 if KIND == AFFINE3 else 4):
+            asm: tl.constexpr = TABLE_ASM[which] if KIND == CODEBOOK else FOUR_ASM[which]
+        for j in tl.static_range(1 if KIND == AFFINE3 else 4):
             if KIND == AFFINE3:
-                ins = (upper[j], lower[j], upper[2], lower[2], x[8 * j], x[8 * j + 1], x[8 * j + 2], x[8 * j + 3],
-                       x[8 * j + 4], x[8 * j + 5], x[8 * j + 6], x[8 * j + 7]) + c  # fmt: skip
+                ins = upper + lower + x + c
             else:
                 ins = (upper[j], lower[j], x[4 * j], x[4 * j + 1], x[4 * j + 2], x[4 * j + 3]) + c
             if SUMS:
                 ins = ins + sums
-            d = tl.inline_asm_elementwise(first if j == 0 else second, con, ins, types, is_pure=True, pack=1)
+            d = tl.inline_asm_elementwise(asm, con, ins, types, is_pure=True, pack=1)
             c = (d[0], d[1], d[2], d[3])
             if SUMS:
-                sums = (d[4], d[5])
+                sums = (d[4], d[5], d[6], d[7])
     else:
         one = tl.full((KS, 8, 4), 1.0, tl.float32)
         for j in tl.static_range(4):
-            up = _values(upper, j, lut_ptr, KIND, OFFSET)
-            down = _values(lower, j, lut_ptr, KIND, OFFSET)
+            up = _values(upper, j, lut_ptr, KIND)
+            down = _values(lower, j, lut_ptr, KIND)
             for i in tl.static_range(4):
                 x0, x1 = two_inputs(x[4 * j + i], DTYPE)
                 for e in tl.static_range(2):
@@ -177,7 +177,7 @@ def _products(
                     c = (c[0] + a0, c[1] + a1, c[2] + b0, c[3] + b1)
                     if SUMS:
                         s0, s1 = _by_columns(one, xe, KS)
-                        sums = (sums[0] + s0, sums[1] + s1)
+                        sums = (sums[0], sums[1], sums[2] + s0, sums[3] + s1)
     return c, sums
 
 
@@ -197,12 +197,13 @@ def _step(
     zeros,
     k,
     K,
-    block,
+    slice,
     t,
     row_bytes,
     high_offset,
     groups,
     KIND: tl.constexpr,
+    S: tl.constexpr,
     R: tl.constexpr,
     H: tl.constexpr,
     U: tl.constexpr,
@@ -211,18 +212,19 @@ def _step(
     EVEN_K: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Of H blocks of 4 U inputs from `k + block` on and the rows g + 8 i, i < 2 R: units, scales and zero points."""
+    """Of H blocks, a thread's slices in them beginning at `k + slice`, and the rows g // S + i * 8 / S, i < 2 R:
+    units, scales and zero points."""
     ws = ()
     ss = ()
     zs = ()
     for h in tl.static_range(H):
-        first = k + block + 4 * U * h
+        first = k + slice + 4 * U * S * h
         at = first + t * U
         if not EVEN_K:
             first = tl.where(first < K, first, 0)
             at = tl.where(at < K, at, 0)
         for i in tl.static_range(2 * R):
-            far = tl.full((), 8 * i, tl.int64)
+            far = tl.full((), (8 // S) * i, tl.int64)
             here = row + far * row_bytes
             if KIND == AFFINE3:
                 ws = ws + (
@@ -231,7 +233,7 @@ def _step(
                 )
             else:
                 ws = ws + (words(here + at // 2, 4, False, ASM),)
-            if h == 0 or (GROUP > 0 and GROUP % (4 * U * H) != 0):
+            if h == 0 or (GROUP > 0 and GROUP % (4 * U * S * H) != 0):
                 group = first * 0 if GROUP == 0 else first // GROUP + (2 * t) % NC
                 ss = ss + (_numbers(scales + (far * groups + group), NC > 1, ASM),)
                 if KIND != CODEBOOK:
@@ -261,6 +263,7 @@ def few_rows_kernel(
     x_stride,
     KIND: tl.constexpr,
     KS: tl.constexpr,
+    S: tl.constexpr,
     R: tl.constexpr,
     H: tl.constexpr,
     U: tl.constexpr,
@@ -270,27 +273,26 @@ def few_rows_kernel(
     ASM: tl.constexpr,
     THREADS: tl.constexpr,
 ):
-    """Grid: (N / (16 * R),). M * NC is at most 8, NC at most 4; U divides K; GROUP is 0 (one group per row), a
-    multiple of 4 U or its half or quarter. Addresses of x and of rows are multiples of 16, of rows of scales of NC
-    of them. EVEN_K: KS * 4 U * H divides K."""
+    """Grid: (N / (16 / S * R),). M * S * NC is at most 8, NC at most 4; S is a power of two; U divides K; GROUP is 0
+    (one group per row), a multiple of 4 U or its half or quarter. Addresses of x and of rows are multiples of 16, of
+    rows of scales of NC of them. EVEN_K: KS * 4 U * S * H divides K."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     NC: tl.constexpr = 4 * U // GROUP if GROUP > 0 and GROUP < 4 * U else 1
-    THREE: tl.constexpr = 128.0 if tl.bfloat16 == DTYPE else 1024.0
-    FOUR: tl.constexpr = 128.0 if tl.bfloat16 == DTYPE else 64.0
-    OFFSET: tl.constexpr = 0.0 if KIND == CODEBOOK else (THREE if KIND == AFFINE3 else FOUR)
-    STEP: tl.constexpr = KS * 4 * U * H
+    WARP: tl.constexpr = 4 * U * S * H
+    STEP: tl.constexpr = KS * WARP
+    ROWS: tl.constexpr = 8 // S
     ks = tl.arange(0, KS)[:, None, None]
     g = tl.arange(0, 8)[None, :, None]
     t = tl.arange(0, 4)[None, None, :]
     whole = tl.zeros((KS, 8, 4), tl.int32)
-    block = ks * (4 * U * H) + whole
-    unit = block + t * U
-    rows = (tl.program_id(0) * (16 * R) + g).to(tl.int64)
+    slice = ks * WARP + g % S * (4 * U) + whole
+    rows = (tl.program_id(0) * (2 * ROWS * R) + g // S).to(tl.int64)
     row = codes_ptr.to(tl.int64) + rows * row_bytes
     scales = scale_ptr + rows * groups
     zeros = zero_ptr + rows * groups
-    # Column g: row g // NC of x (beyond M the last one once more) in the part g % NC of the step.
-    m = tl.minimum(g // NC, M - 1)
+    # Column g: row g // (S * NC) of x (beyond M the last one once more), its slice g // NC % S, there the part g % NC.
+    m = tl.minimum(g // (S * NC), M - 1)
+    unit = ks * WARP + g // NC % S * (4 * U) + t * U
     x_row = x_ptr.to(tl.int64) + m.to(tl.int64) * x_stride * 2 + unit * 2
     mine = ((t // (4 // NC)) == g % NC).to(tl.int32) + whole
     if KIND == CODEBOOK:
@@ -298,25 +300,8 @@ def few_rows_kernel(
     zero = tl.zeros((KS, 8, 4), tl.float32)
 
     ws, ss, zs = _step(
-        row,
-        scales,
-        zeros,
-        0,
-        K,
-        block,
-        t,
-        row_bytes,
-        high_offset,
-        groups,
-        KIND,
-        R,
-        H,
-        U,
-        GROUP,
-        NC,
-        EVEN_K,
-        ASM,
-    )
+        row, scales, zeros, 0, K, slice, t, row_bytes, high_offset, groups, KIND, S, R, H, U, GROUP, NC, EVEN_K, ASM,
+    )  # fmt: skip
     accs = ()
     for _ in tl.static_range(4 * R):
         accs = accs + (zero,)
@@ -324,22 +309,22 @@ def few_rows_kernel(
         # The next step's codes; in the last step its own once more, which are not used.
         ahead = tl.where(k + STEP < K, k + STEP, k)
         next_ws, next_ss, next_zs = _step(
-            row, scales, zeros, ahead, K, block, t, row_bytes, high_offset, groups, KIND, R, H, U, GROUP, NC, EVEN_K,
-            ASM,
+            row, scales, zeros, ahead, K, slice, t, row_bytes, high_offset, groups, KIND, S, R, H, U, GROUP, NC,
+            EVEN_K, ASM,
         )  # fmt: skip
         for h in tl.static_range(H):
-            wanted = mine if EVEN_K else tl.where(k + unit + 4 * U * h < K, mine, 0)
-            sums = (zero, zero)
+            wanted = mine if EVEN_K else tl.where(k + unit + 4 * U * S * h < K, mine, 0)
+            sums = (zero, zero, zero, zero)
             parts = ()
             for _ in tl.static_range(R):
                 parts = parts + ((zero, zero, zero, zero),)
             for j in tl.static_range(U // 32):
-                x = _inputs(x_row + 2 * (k + 4 * U * h + 32 * j), wanted, EVEN_K and NC == 1, ASM)
+                x = _inputs(x_row + 2 * (k + 4 * U * S * h + 32 * j), wanted, EVEN_K and NC == 1, ASM)
                 new_parts = ()
                 for r in tl.static_range(R):
                     c, sums = _products(
                         _codes(ws[2 * (h * R + r)], j, KIND, U), _codes(ws[2 * (h * R + r) + 1], j, KIND, U), x,
-                        lut_ptr, parts[r], sums, KIND != CODEBOOK and r == 0, KS, KIND, OFFSET, DTYPE, ASM,
+                        lut_ptr, parts[r], sums, KIND != CODEBOOK and r == 0, KS, KIND, DTYPE, ASM,
                     )  # fmt: skip
                     new_parts = new_parts + (c,)
                 parts = new_parts
@@ -348,30 +333,24 @@ def few_rows_kernel(
                 for i in tl.static_range(4):
                     part = parts[r][i]
                     if KIND != CODEBOOK:
-                        part -= (OFFSET + zs[2 * (h * R + r) + i // 2][i % 2]) * sums[i % 2]
+                        part -= sums[i % 2]
+                        part -= zs[2 * (h * R + r) + i // 2][i % 2] * sums[2 + i % 2]
                     new_accs = new_accs + (accs[4 * r + i] + part * ss[2 * (h * R + r) + i // 2][i % 2],)
             accs = new_accs
         ws = next_ws
         ss = next_ss
         zs = next_zs
 
+    g = tl.arange(0, 8)[:, None]
+    column = 2 * tl.arange(0, 4)[None, :]
+    n = tl.program_id(0) * (2 * ROWS * R) + tl.arange(0, ROWS)[:, None]
+    m = tl.arange(0, ROWS // NC)[None, :]
     for i in tl.static_range(2 * R):
-        a = tl.sum(accs[2 * i], 0)
-        b = tl.sum(accs[2 * i + 1], 0)
-        n = tl.program_id(0) * (16 * R) + 8 * i + tl.arange(0, 8)[:, None]
-        if NC == 1:
-            _store(a, n, 2 * tl.arange(0, 4)[None, :], out_ptr, bias_ptr, M, N, HAS_BIAS)
-            _store(b, n, 2 * tl.arange(0, 4)[None, :] + 1, out_ptr, bias_ptr, M, N, HAS_BIAS)
-        elif NC == 2:
-            _store(a + b, n, tl.arange(0, 4)[None, :], out_ptr, bias_ptr, M, N, HAS_BIAS)
-        else:
-            y = tl.sum((a + b).reshape(8, 2, 2), 2)
-            _store(y, n, tl.arange(0, 2)[None, :], out_ptr, bias_ptr, M, N, HAS_BIAS)
-
-
-@triton.jit
-def _store(y, n, m, out_ptr, bias_ptr, M, N, HAS_BIAS: tl.constexpr):
-    """Rows n of W `[8, 1]` by rows m of x `[1, columns]` into out `[M, N]`."""
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + n).to(tl.float32)
-    tl.store(out_ptr + m.to(tl.int64) * N + n, y.to(out_ptr.dtype.element_ty), mask=m < M)
+        a = tl.where(column // NC % S == g % S, tl.sum(accs[2 * i], 0), 0.0)
+        b = tl.where((column + 1) // NC % S == g % S, tl.sum(accs[2 * i + 1], 0), 0.0)
+        y = tl.sum(tl.join(a, b).reshape(ROWS, S, ROWS // NC, S * NC), 3)
+        y = tl.sum(y, 1)
+        if HAS_BIAS:
+            y += tl.load(bias_ptr + n + ROWS * i).to(tl.float32)
+        at = out_ptr + m.to(tl.int64) * N + n + ROWS * i
+        tl.store(at, y.to(out_ptr.dtype.element_ty), mask=m < M)

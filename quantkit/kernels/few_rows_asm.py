@@ -1,13 +1,21 @@
 """PTX of `few_rows_kernel`: conditional loads, pairs of scales, and decoding with the matrix products that take it.
 
-One asm takes a word of eight codes (three bits: half a word of top bits with a word of sixteen low ones) of the
+One asm takes a word of eight codes (three bits: 32 codes, two words of low bits and one of top bits) of the
 rows g and g + 8, makes the registers of `mma.m16n8k16`'s first operand of them, two codes to a register, pairs the
 inputs alike for the second, and multiplies:
 
     register of W    (codes i, j) of row g, of row g + 8      register of x    (inputs i, j) of the thread's column
     NF4              j = i + 1, as the table of pairs has them
     4 bits           j = i + 4: a mask of the shifted word
-    3 bits           j = i + 8
+    3 bits           j = i + 16, of both words of low bits
+
+Affine codes come as q plus an offset, which is a power of two: the mantissa's bit that stands for 1 may be any, if the
+exponent says so. So only one shift serves several codes of three bits, each with an offset of its own:
+
+    bfloat16         128 + q, 32 + q, 8 + q               codes i, i + 1, i + 2 of a half
+    float16          1024 + q, 256 + q, 64 + q, 16 + q
+
+Another product takes the sums that this costs, with the offsets in its rows g and ones in its rows g + 8.
 
 (The fragments' lanes: PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type".)
 """
@@ -28,7 +36,7 @@ LOAD_8_PAIR = tl.constexpr("{ .reg .b16 w; ld.global.nc.u16 w, [$2]; and.b16 $0,
 
 
 def _four_bits(word: str, out: str, dtype: str) -> list[str]:
-    """Codes i and i + 4 of `word` in the halves of `out`i, i < 4, as OFFSET + q."""
+    """Codes i and i + 4 of `word` in the halves of `out`i, i < 4, as q + the offset."""
     lines = []
     up, mask, base = (0, 0x000F000F, 0x43004300) if dtype == "bf16" else (4, 0x00F000F0, 0x54005400)
     for i in range(4):
@@ -41,21 +49,34 @@ def _four_bits(word: str, out: str, dtype: str) -> list[str]:
     return lines
 
 
-def _three_bits(low: str, high: str, half: int, out: str, dtype: str) -> list[str]:
-    """Codes i and i + 8 of the word `low` in the halves of `out`i, i < 8; top bits in half `half` of `high`."""
-    base = 0x43004300 if dtype == "bf16" else 0x64006400
-    lines = [f"prmt.b32 h, {high}, 0, 0x4{2 * half + 1}4{2 * half};"]  # bits 0-7 and 8-15, 16 apart
-    for i in range(8):
-        source, top = low, "h"
-        if i:
-            lines.append(f"shr.b32 t, {low}, {2 * i};")
-            source = "t"
-        lines.append(f"lop3.b32 v, {source}, 0x00030003, 0x{base:08x}, 0xea;")
-        if i != 2:
-            lines.append(f"{'shl' if i < 2 else 'shr'}.b32 u, h, {abs(2 - i)};")
-            top = "u"
-        lines.append(f"lop3.b32 {out}{i}, {top}, 0x00040004, v, 0xea;")
+def _offset(at: int, dtype: str) -> int:
+    """Both halves 2 ** (mantissa bits - at): a number in whose mantissa bit `at` stands for 1."""
+    half = (134 - at) << 7 if dtype == "bf16" else (25 - at) << 10
+    return half << 16 | half
+
+
+def _three_bits(low: str, high: str, top: str, out: str, dtype: str) -> list[str]:
+    """Codes j and j + 16 of the words `low` and `high` (16 codes' low bits each) and `top` (32 codes' top bits) in
+    the halves of `out`j, j < 16, as q + the offset of `_three_offset`."""
+    several = _SEVERAL[dtype]
+    lines = [f"prmt.b32 l0, {low}, {high}, 0x5410; prmt.b32 l1, {low}, {high}, 0x7632;"]
+    for j in range(16):
+        group, e = divmod(j % 8, several)
+        if e == 0:
+            first = j - 2  # code j's top bit goes to bit 2
+            lines.append(f"{'shl' if first < 0 else 'shr'}.b32 h, {top}, {abs(first)};")
+            lines.append(f"shr.b32 t, l{j // 8}, {2 * several * group};")
+        lines.append(f"lop3.b32 v, t, 0x{0x00030003 << 2 * e:08x}, 0x{_offset(2 * e, dtype):08x}, 0xea;")
+        lines.append(f"shl.b32 u, h, {e}; lop3.b32 {out}{j}, u, 0x{0x00040004 << 2 * e:08x}, v, 0xea;")
     return lines
+
+
+#: Codes of three bits that one shift of the low bits serves.
+_SEVERAL = {"bf16": 3, "f16": 4}
+
+
+def _three_offset(j: int, dtype: str) -> int:
+    return _offset(2 * (j % 8 % _SEVERAL[dtype]), dtype)
 
 
 def _table(word: str, out: str) -> list[str]:
@@ -69,26 +90,27 @@ def _table(word: str, out: str) -> list[str]:
 
 
 def _products_asm(kind: int, dtype: str, sums: bool) -> str:
-    """PTX: parts (and sums of x) plus the products of a word of codes of both rows with its inputs.
+    """PTX: parts (and sums of x) plus the products of 8 codes (three bits: 32) of both rows with their inputs.
 
-    Outputs: 4 parts, then with `sums` 2 sums. Inputs: the words of row g and g + 8 (three bits: then the words of
-    their top bits, with the half as the number of the asm), the inputs' words, 4 parts, with `sums` 2 sums.
+    Outputs: 4 parts, then with `sums` 4 sums: of x times the offsets for both columns, of x for both. Inputs: the words
+    of row g and of row g + 8 (three bits: two of low bits, one of top bits each), the inputs' words, 4 parts, with
+    `sums` 4 sums.
     """
-    three = kind >= 2
-    half, count = kind - 2, 8 if three else 4  # registers of codes a row
-    first = 6 if sums else 4
-    codes = [f"${first + i}" for i in range(4 if three else 2)]
+    words, count = (3, 16) if kind == 2 else (1, 4)  # of codes, registers of codes a row
+    first = 8 if sums else 4
+    codes = [f"${first + i}" for i in range(2 * words)]
     x = [f"${first + len(codes) + i}" for i in range(count)]
-    old = [f"${first + len(codes) + count + i}" for i in range(6 if sums else 4)]
+    old = [f"${first + len(codes) + count + i}" for i in range(first)]
     names = ",".join(f"p{i},q{i},b{i}" for i in range(count))
-    lines = [f".reg .b32 t, u, v, h, at, one, {names}; .reg .f32 c0,c1,c2,c3,s0,s1,s2,s3;"]
+    lines = [f".reg .b32 t, u, v, h, l0, l1, at, one, o0, o1, {names}; .reg .f32 c0,c1,c2,c3,s0,s1,s2,s3;"]
     for row, out in ((0, "p"), (1, "q")):
-        if three:
-            lines += _three_bits(codes[row], codes[2 + row], half, out, dtype)
+        mine = codes[row * words : (row + 1) * words]
+        if kind == 2:
+            lines += _three_bits(*mine, out, dtype)
         elif kind == 1:
-            lines += _four_bits(codes[row], out, dtype)
+            lines += _four_bits(*mine, out, dtype)
         else:
-            lines += _table(codes[row], out)
+            lines += _table(*mine, out)
     for i in range(count // 2):
         if kind == 0:
             lines.append(f"mov.b32 b{2 * i}, {x[2 * i]}; mov.b32 b{2 * i + 1}, {x[2 * i + 1]};")
@@ -102,19 +124,24 @@ def _products_asm(kind: int, dtype: str, sums: bool) -> str:
             f"{mma} {{c0,c1,c2,c3}}, {{p{i},q{i},p{i + 1},q{i + 1}}}, {{b{i},b{i + 1}}}, {{c0,c1,c2,c3}};"
         )
     if sums:
-        ones = "0x3f803f80" if dtype == "bf16" else "0x3c003c00"
-        lines.append(f"mov.b32 one, {ones}; mov.f32 s0, {old[4]}; mov.f32 s1, {old[5]};")
-        lines.append("mov.f32 s2, 0f00000000; mov.f32 s3, 0f00000000;")
+        lines.append(f"mov.b32 one, 0x{_offset(_MANTISSA[dtype], dtype):08x};")
+        lines.append(" ".join(f"mov.f32 s{i}, {old[4 + i]};" for i in range(4)))
         for i in range(0, count, 2):
-            lines.append(f"{mma} {{s0,s1,s2,s3}}, {{one,one,one,one}}, {{b{i},b{i + 1}}}, {{s0,s1,s2,s3}};")
-        lines.append("mov.f32 $4, s0; mov.f32 $5, s1;")
+            for e in range(2):
+                offset = _three_offset(i + e, dtype) if kind == 2 else _offset(0 if dtype == "bf16" else 4, dtype)
+                lines.append(f"mov.b32 o{e}, 0x{offset:08x};")
+            lines.append(f"{mma} {{s0,s1,s2,s3}}, {{o0,one,o1,one}}, {{b{i},b{i + 1}}}, {{s0,s1,s2,s3}};")
+        lines.append(" ".join(f"mov.f32 ${4 + i}, s{i};" for i in range(4)))
     lines.append(" ".join(f"mov.f32 ${i}, c{i};" for i in range(4)))
     return "{ " + " ".join(lines) + " }"
 
 
+_MANTISSA = {"bf16": 7, "f16": 10}
+
+
 def _constraints(kind: int, sums: bool) -> str:
-    numbers = 6 if sums else 4
-    integers = (4 + 8) if kind >= 2 else (2 + 4)
+    numbers = 8 if sums else 4
+    integers = 6 + 16 if kind == 2 else 2 + 4
     return ",".join(["=f"] * numbers + ["r"] * integers + ["f"] * numbers)
 
 
@@ -126,6 +153,5 @@ def _all(kind: int) -> tuple[str, ...]:
 TABLE_ASM = tl.constexpr(_all(0))
 FOUR_ASM = tl.constexpr(_all(1))
 THREE_ASM = tl.constexpr(_all(2))
-THREE_ASM_UPPER = tl.constexpr(_all(3))
 WORD_CON = tl.constexpr((_constraints(0, True), _constraints(0, False)))
 THREE_CON = tl.constexpr((_constraints(2, True), _constraints(2, False)))

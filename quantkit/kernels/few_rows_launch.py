@@ -16,13 +16,15 @@ from quantkit.kernels.launch_weight import Kind, LaunchWeight
 
 @dataclass(frozen=True)
 class FewRowsConfig:
-    """Tile of `few_rows_kernel`: `steps` warps side by side along K, each with `blocks` blocks of four units of
-    `unit` inputs at a time; `tiles` times 16 rows of W in a program. 64 inputs in a unit are for three bits."""
+    """Tile of `few_rows_kernel`: `steps` warps side by side along K, each with `blocks` blocks of `slices` times four
+    units of `unit` inputs at a time; `tiles` times 16 / `slices` rows of W in a program. 64 inputs in a unit are for
+    three bits."""
 
     steps: int
     tiles: int
     blocks: int
     unit: int = 32
+    slices: int = 1
 
 
 #: Affine codes that this kernel or `gemv_kernel` decodes.
@@ -110,7 +112,7 @@ def launch_few_rows(
     row_bytes = codes.stride(0) if kind != "codebook" else k // 2
     launch.launch(
         few_rows_kernel,
-        (n // (16 * tile.tiles),),
+        (n * tile.slices // (16 * tile.tiles),),
         x,
         codes,
         scale,
@@ -127,11 +129,12 @@ def launch_few_rows(
         x.stride(0),
         KIND=KINDS[kind],
         KS=tile.steps,
+        S=tile.slices,
         R=tile.tiles,
         H=tile.blocks,
         U=tile.unit,
         GROUP=group,
-        EVEN_K=k % (tile.steps * tile.blocks * 4 * tile.unit) == 0,
+        EVEN_K=k % (tile.steps * tile.blocks * tile.slices * 4 * tile.unit) == 0,
         HAS_BIAS=bias is not None,
         ASM=asm,
         THREADS=32 * tile.steps,

@@ -143,7 +143,7 @@ def gemv_cases() -> Iterator[tuple[str, float]]:
 
 def few_rows_cases() -> Iterator[tuple[str, float]]:
     """`few_rows_kernel` on portable loads and products: each decoding, all rows of x that fit, groups of less than a
-    block, of one and one per row, tiles of 16 and 32 rows of W, a K that ends inside a step, both kinds of zeros.
+    block, of one and one per row, tiles of 2 to 32 rows of W, slices, a K that ends inside a step, both kinds of zeros.
     """
     device = torch.device("cpu")
     for form, counts in (
@@ -164,6 +164,11 @@ def few_rows_cases() -> Iterator[tuple[str, float]]:
             ((16, 1408), few_rows_launch.FewRowsConfig(2, 1, 1, 64)),
             ((16, 1792), few_rows_launch.FewRowsConfig(2, 1, 1, 64)),
             ((32, 512), few_rows_launch.FewRowsConfig(2, 2, 1, 64)),
+            ((16, 1408), few_rows_launch.FewRowsConfig(2, 1, 1, slices=2)),
+            ((16, 1408), few_rows_launch.FewRowsConfig(1, 2, 2, slices=4)),
+            ((16, 1024), few_rows_launch.FewRowsConfig(2, 2, 1, slices=8)),
+            ((16, 1792), few_rows_launch.FewRowsConfig(2, 1, 1, 64, slices=4)),
+            ((16, 1408), few_rows_launch.FewRowsConfig(1, 1, 1, 64, slices=8)),
         ):
             if (form.endswith("1408") and k != 1408) or (tile.unit == 64 and "-3" not in form):
                 continue
@@ -174,7 +179,7 @@ def few_rows_cases() -> Iterator[tuple[str, float]]:
             if group and k // group % columns:  # a block of scales would reach into the next row: not covered
                 continue
             for m in counts:
-                if m * columns > few_rows_launch.COLUMNS:
+                if m * columns * tile.slices > few_rows_launch.COLUMNS:
                     continue
                 for dtype, slack in HALVES:
                     x, bias = torch.randn(m, k + 8).to(dtype)[:, :k], torch.randn(n).to(dtype)
