@@ -42,15 +42,21 @@ import triton.language as tl
 
 from quantkit.kernels.codebook_lookup import eight_values, fill_table
 from quantkit.kernels.few_rows_asm import (
+    ADD_ACROSS,
+    EXCHANGE,
+    EXCHANGE_CON,
     FOUR_ASM,
     LOAD_8_PAIR,
     LOAD_16_PAIR,
     LOAD_F32_PAIR,
     LOAD_X_IF,
+    STORE_IF,
+    SUMS_BUFFER,
     TABLE_ASM,
     THREE_ASM,
     THREE_CON,
     WORD_CON,
+    slot,
 )
 from quantkit.kernels.gemv import AFFINE3, AFFINE4, CODEBOOK, number, two_inputs, words
 
@@ -245,7 +251,111 @@ def _step(
     return ws, ss, zs
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit
+def _across(y, BIT: tl.constexpr):
+    """`y [KS, 8, 4]` plus what the lane has whose number differs in this bit: summed over both."""
+    which: tl.constexpr = ADD_ACROSS[BIT]
+    return tl.inline_asm_elementwise(which, "=f,f", [y], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _over_slices(a, b, S: tl.constexpr, NC: tl.constexpr, ASM: tl.constexpr):
+    """Columns 2t and 2t + 1 of a row's slice `[KS, 8, 4]`, summed over what belongs to the same row of x and of W, at
+    g of whole S and t of whole S * NC / 2. S * NC is at least 2."""
+    g = tl.arange(0, 8)[None, :, None]
+    column = 2 * tl.arange(0, 4)[None, None, :]
+    KS: tl.constexpr = a.shape[0]
+    PAIRS: tl.constexpr = S * NC // 2
+    y = tl.where(column // NC % S == g % S, a, 0.0) + tl.where((column + 1) // NC % S == g % S, b, 0.0)
+    if ASM:
+        if PAIRS >= 2:
+            y = _across(y, 0)
+        if PAIRS >= 4:
+            y = _across(y, 1)
+        if S >= 2:
+            y = _across(y, 2)
+        if S >= 4:
+            y = _across(y, 3)
+        if S >= 8:
+            y = _across(y, 4)
+    else:
+        both = tl.sum(tl.sum(y.reshape(KS, 8 // S, S, 4 // PAIRS, PAIRS), 4), 2)
+        y = both[:, :, None, :, None] + tl.zeros((KS, 8 // S, S, 4 // PAIRS, PAIRS), tl.float32)
+        y = y.reshape(KS, 8, 4)
+    return y
+
+
+@triton.jit
+def _over_warps(ys, half, ASM: tl.constexpr):
+    """Each of `ys [KS, 8, 4]` summed over the warps, in all of them."""
+    KS: tl.constexpr = ys[0].shape[0]
+    if KS == 1:
+        return ys
+    elif ASM:
+        COUNT: tl.constexpr = len(ys)
+        asm: tl.constexpr = EXCHANGE[slot(KS, COUNT)]
+        con: tl.constexpr = EXCHANGE_CON[slot(1, COUNT)]
+        ins = ys + (half + tl.zeros((KS, 8, 4), tl.int32),)
+        return tl.inline_asm_elementwise(asm, con, ins, (tl.float32,) * COUNT, is_pure=False, pack=1)
+    else:
+        out = ()
+        for i in tl.static_range(len(ys)):
+            out = out + (tl.sum(ys[i], 0)[None, :, :] + tl.zeros((KS, 8, 4), tl.float32),)
+        return out
+
+
+@triton.jit
+def _store(
+    accs,
+    tile,
+    half,
+    out_ptr,
+    bias_ptr,
+    M,
+    N,
+    S: tl.constexpr,
+    R: tl.constexpr,
+    NC: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """The tile's sums over slices and warps, plus bias, into out `[M, N]`."""
+    KS: tl.constexpr = accs[0].shape[0]
+    ROWS: tl.constexpr = 8 // S
+    SN: tl.constexpr = S * NC
+    if SN == 1:
+        ys = accs
+    else:
+        ys = ()
+        for i in tl.static_range(2 * R):
+            ys = ys + (_over_slices(accs[2 * i], accs[2 * i + 1], S, NC, ASM),)
+    ys = _over_warps(ys, half, ASM)
+    ks = tl.arange(0, KS)[:, None, None]
+    g = tl.arange(0, 8)[None, :, None]
+    t = tl.arange(0, 4)[None, None, :]
+    for i in tl.static_range(len(ys)):
+        if SN == 1:
+            m = 2 * t + i % 2 + 0 * g
+            n = 8 * (i // 2) + g
+        else:
+            m = 2 * t // SN + 0 * g
+            n = ROWS * i + g // S
+        keep = (m < M) & (ks == i % KS) & (g % S == 0) & (2 * t % SN < 2)
+        n = tile * (2 * ROWS * R) + n
+        y = ys[i]
+        if HAS_BIAS:
+            y += number(bias_ptr + (n + 0 * t + 0 * ks), ASM)
+        at = out_ptr + (m.to(tl.int64) * N + n + 0 * ks)
+        if ASM:
+            tl.inline_asm_elementwise(
+                STORE_IF, "=r,h,l,r", [y.to(out_ptr.dtype.element_ty), at.to(tl.int64), keep.to(tl.int32)], tl.int32,
+                is_pure=False, pack=1,
+            )  # fmt: skip
+        else:
+            tl.store(at, y.to(out_ptr.dtype.element_ty), mask=keep)
+
+
+@triton.jit(do_not_specialize=["M", "tiles"])
 def few_rows_kernel(
     x_ptr,
     codes_ptr,
@@ -261,6 +371,7 @@ def few_rows_kernel(
     high_offset,
     groups,
     x_stride,
+    tiles,
     KIND: tl.constexpr,
     KS: tl.constexpr,
     S: tl.constexpr,
@@ -273,7 +384,7 @@ def few_rows_kernel(
     ASM: tl.constexpr,
     THREADS: tl.constexpr,
 ):
-    """Grid: (N / (16 / S * R),). M * S * NC is at most 8, NC at most 4; S is a power of two; U divides K; GROUP is 0
+    """Grid: any number of programs up to `tiles` = N / (16 / S * R), which share them. M * S * NC is at most 8, NC at most 4; S is a power of two; U divides K; GROUP is 0
     (one group per row), a multiple of 4 U or its half or quarter. Addresses of x and of rows are multiples of 16, of
     rows of scales of NC of them. EVEN_K: KS * 4 U * S * H divides K."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
@@ -286,10 +397,10 @@ def few_rows_kernel(
     t = tl.arange(0, 4)[None, None, :]
     whole = tl.zeros((KS, 8, 4), tl.int32)
     slice = ks * WARP + g % S * (4 * U) + whole
-    rows = (tl.program_id(0) * (2 * ROWS * R) + g // S).to(tl.int64)
-    row = codes_ptr.to(tl.int64) + rows * row_bytes
-    scales = scale_ptr + rows * groups
-    zeros = zero_ptr + rows * groups
+    rows = g // S + whole
+    row = codes_ptr.to(tl.int64) + rows.to(tl.int64) * row_bytes
+    scales = scale_ptr + rows.to(tl.int64) * groups
+    zeros = zero_ptr + rows.to(tl.int64) * groups
     # Column g: row g // (S * NC) of x (beyond M the last one once more), its slice g // NC % S, there the part g % NC.
     m = tl.minimum(g // (S * NC), M - 1)
     unit = ks * WARP + g // NC % S * (4 * U) + t * U
@@ -297,20 +408,34 @@ def few_rows_kernel(
     mine = ((t // (4 // NC)) == g % NC).to(tl.int32) + whole
     if KIND == CODEBOOK:
         fill_table(lut_ptr, THREADS, DTYPE, ASM)
+    if ASM and KS > 1:
+        COUNT: tl.constexpr = 4 * R if S * NC == 1 else 2 * R
+        buffer: tl.constexpr = SUMS_BUFFER[slot(KS, COUNT)]
+        tl.inline_asm_elementwise(buffer, "=r,r", [whole], tl.int32, is_pure=False, pack=1)
     zero = tl.zeros((KS, 8, 4), tl.float32)
 
+    # One loop over the steps of all the program's tiles: the next tile's codes are asked for before this one ends.
+    tile = tl.program_id(0)
+    count = tl.cdiv(tiles - tile, tl.num_programs(0)) * tl.cdiv(K, STEP)
+    first = tile.to(tl.int64) * (2 * ROWS * R)
+    k = 0
+    half = 0
     ws, ss, zs = _step(
-        row, scales, zeros, 0, K, slice, t, row_bytes, high_offset, groups, KIND, S, R, H, U, GROUP, NC, EVEN_K, ASM,
+        row + first * row_bytes, scales + first * groups, zeros + first * groups, k, K, slice, t, row_bytes,
+        high_offset, groups, KIND, S, R, H, U, GROUP, NC, EVEN_K, ASM,
     )  # fmt: skip
     accs = ()
     for _ in tl.static_range(4 * R):
         accs = accs + (zero,)
-    for k in tl.range(0, K, STEP, num_stages=1):
-        # The next step's codes; in the last step its own once more, which are not used.
-        ahead = tl.where(k + STEP < K, k + STEP, k)
+    for _ in tl.range(0, count, num_stages=1):
+        # In the last step its own codes once more, which are not used.
+        last = k + STEP >= K
+        next_k = tl.where(last, 0, k + STEP)
+        next_tile = tl.minimum(tl.where(last, tile + tl.num_programs(0), tile), tiles - 1)
+        first = next_tile.to(tl.int64) * (2 * ROWS * R)
         next_ws, next_ss, next_zs = _step(
-            row, scales, zeros, ahead, K, slice, t, row_bytes, high_offset, groups, KIND, S, R, H, U, GROUP, NC,
-            EVEN_K, ASM,
+            row + first * row_bytes, scales + first * groups, zeros + first * groups, next_k, K, slice, t, row_bytes,
+            high_offset, groups, KIND, S, R, H, U, GROUP, NC, EVEN_K, ASM,
         )  # fmt: skip
         for h in tl.static_range(H):
             wanted = mine if EVEN_K else tl.where(k + unit + 4 * U * S * h < K, mine, 0)
@@ -337,20 +462,15 @@ def few_rows_kernel(
                         part -= zs[2 * (h * R + r) + i // 2][i % 2] * sums[2 + i % 2]
                     new_accs = new_accs + (accs[4 * r + i] + part * ss[2 * (h * R + r) + i // 2][i % 2],)
             accs = new_accs
+        if last:
+            _store(accs, tile, half, out_ptr, bias_ptr, M, N, S, R, NC, HAS_BIAS, ASM)
+            zeroed = ()
+            for _ in tl.static_range(4 * R):
+                zeroed = zeroed + (zero,)
+            accs = zeroed
+            half = 1 - half
+        k = next_k
+        tile = next_tile
         ws = next_ws
         ss = next_ss
         zs = next_zs
-
-    g = tl.arange(0, 8)[:, None]
-    column = 2 * tl.arange(0, 4)[None, :]
-    n = tl.program_id(0) * (2 * ROWS * R) + tl.arange(0, ROWS)[:, None]
-    m = tl.arange(0, ROWS // NC)[None, :]
-    for i in tl.static_range(2 * R):
-        a = tl.where(column // NC % S == g % S, tl.sum(accs[2 * i], 0), 0.0)
-        b = tl.where((column + 1) // NC % S == g % S, tl.sum(accs[2 * i + 1], 0), 0.0)
-        y = tl.sum(tl.join(a, b).reshape(ROWS, S, ROWS // NC, S * NC), 3)
-        y = tl.sum(y, 1)
-        if HAS_BIAS:
-            y += tl.load(bias_ptr + n + ROWS * i).to(tl.float32)
-        at = out_ptr + m.to(tl.int64) * N + n + ROWS * i
-        tl.store(at, y.to(out_ptr.dtype.element_ty), mask=m < M)

@@ -22,6 +22,7 @@ Another product takes the sums that this costs, with the offsets in its rows g a
 
 from __future__ import annotations
 
+import triton
 import triton.language as tl
 
 #: Four words at $4 if $5 is not zero, else zeros.
@@ -30,6 +31,52 @@ LOAD_X_IF = tl.constexpr(
     " mov.b32 d, 0; @p ld.global.nc.v4.b32 {a,b,c,d}, [$4]; mov.b32 $0, a; mov.b32 $1, b; mov.b32 $2, c;"
     " mov.b32 $3, d; }"
 )
+#: $1 plus what the lane at a distance of 1, 2, 4, 8 and 16 (exclusive or) has.
+ADD_ACROSS = tl.constexpr(
+    tuple(
+        f"{{ .reg .b32 a; .reg .f32 b; shfl.sync.bfly.b32 a, $1, {1 << d}, 31, -1; mov.b32 b, a; add.f32 $0, $1, b; }}"
+        for d in range(5)
+    )
+)
+#: The half in $1 to the address in $2 if $3 is not zero.
+STORE_IF = tl.constexpr("{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.global.b16 [$2], $1; mov.b32 $0, 0; }")
+
+
+def _exchange_asm(warps: int, count: int) -> str:
+    """PTX: $0 ... = each of `count` numbers of a lane summed over `warps` warps, in their order.
+
+    The buffer is of two halves, which the calls use in turns (the last operand: 0 or 1), so that one barrier is enough:
+    a half is written again when all warps have come to the barrier of the call after the one that read it.
+    """
+    lines = [
+        ".reg .b32 lane, own, all; .reg .f32 a; mov.u32 lane, %laneid; mov.u32 own, %tid.x; shr.u32 own, own, 5;",
+        f"mov.u32 all, quantkit_sums; mad.lo.u32 all, ${2 * count}, {128 * warps * count}, all;",
+        f"mad.lo.u32 all, lane, 4, all; mad.lo.u32 own, own, {128 * count}, all;",
+    ]
+    lines += [f"st.shared.f32 [own + {128 * i}], ${count + i};" for i in range(count)]
+    lines.append("bar.sync 0;")
+    for i in range(count):
+        lines.append(f"ld.shared.f32 ${i}, [all + {128 * i}];")
+        for w in range(1, warps):
+            lines.append(f"ld.shared.f32 a, [all + {128 * (w * count + i)}]; add.f32 ${i}, ${i}, a;")
+    return "{ " + " ".join(lines) + " }"
+
+
+_WARPS, _COUNTS = (1, 2, 4, 8), (2, 4, 8, 16)
+#: At `slot(warps, count)`: PTX at a kernel's begin, PTX of the exchange. At `slot(1, count)`: constraints of that.
+SUMS_BUFFER = tl.constexpr(
+    tuple(f".shared .align 16 .b32 quantkit_sums[{64 * w * c}]; mov.u32 $0, 0;" for w in _WARPS for c in _COUNTS)
+)
+EXCHANGE = tl.constexpr(tuple(_exchange_asm(w, c) for w in _WARPS for c in _COUNTS))
+EXCHANGE_CON = tl.constexpr(tuple(",".join(["=&f"] * c + ["f"] * c + ["r"]) for c in _COUNTS))
+
+
+@triton.constexpr_function
+def slot(warps: int, count: int) -> int:
+    """Where the three above have what is for so many warps and numbers."""
+    return 4 * (warps.bit_length() - 1) + count.bit_length() - 2  # the logarithms
+
+
 LOAD_F32_PAIR = tl.constexpr("ld.global.nc.v2.b32 {$0,$1}, [$2];")
 LOAD_16_PAIR = tl.constexpr("{ .reg .b32 w; ld.global.nc.b32 w, [$2]; mov.b32 {$0,$1}, w; }")
 LOAD_8_PAIR = tl.constexpr("{ .reg .b16 w; ld.global.nc.u16 w, [$2]; and.b16 $0, w, 255; shr.u16 $1, w, 8; }")

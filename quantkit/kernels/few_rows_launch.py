@@ -25,6 +25,7 @@ class FewRowsConfig:
     blocks: int
     unit: int = 32
     slices: int = 1
+    resident: int = 0
 
 
 #: Affine codes that this kernel or `gemv_kernel` decodes.
@@ -110,9 +111,11 @@ def launch_few_rows(
     m, k = x.shape
     out = x.new_empty((m, n))
     row_bytes = codes.stride(0) if kind != "codebook" else k // 2
+    count = n * tile.slices // (16 * tile.tiles)
+    programs = min(count, 132 * tile.resident) if tile.resident else count
     launch.launch(
         few_rows_kernel,
-        (n * tile.slices // (16 * tile.tiles),),
+        (programs,),
         x,
         codes,
         scale,
@@ -127,6 +130,7 @@ def launch_few_rows(
         k // 4,  # where three bits' plane of top bits begins
         k // group if group else 1,
         x.stride(0),
+        count,
         KIND=KINDS[kind],
         KS=tile.steps,
         S=tile.slices,
