@@ -213,6 +213,7 @@ _OPERATIONS: dict[str, Any] = {
     "lop3.b32": _lop3,
     "and.b32": lambda a, b: a & b,
     "shr.b32": lambda a, b: a >> b,
+    "shl.b32": lambda a, b: a << b,
     "mov.b32": lambda a: a,
     "fma.rn.f32": _floats(lambda a, b, c: a * b + c),
     "sub.rn.f32": _floats(lambda a, b: a - b),

@@ -259,12 +259,11 @@ def _across(y, BIT: tl.constexpr):
 
 
 @triton.jit
-def _over_slices(a, b, S: tl.constexpr, NC: tl.constexpr, ASM: tl.constexpr):
+def _over_slices(a, b, KS: tl.constexpr, S: tl.constexpr, NC: tl.constexpr, ASM: tl.constexpr):
     """Columns 2t and 2t + 1 of a row's slice `[KS, 8, 4]`, summed over what belongs to the same row of x and of W, at
     g of whole S and t of whole S * NC / 2. S * NC is at least 2."""
     g = tl.arange(0, 8)[None, :, None]
     column = 2 * tl.arange(0, 4)[None, None, :]
-    KS: tl.constexpr = a.shape[0]
     PAIRS: tl.constexpr = S * NC // 2
     y = tl.where(column // NC % S == g % S, a, 0.0) + tl.where((column + 1) // NC % S == g % S, b, 0.0)
     if ASM:
@@ -286,9 +285,8 @@ def _over_slices(a, b, S: tl.constexpr, NC: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def _over_warps(ys, half, ASM: tl.constexpr):
+def _over_warps(ys, half, KS: tl.constexpr, ASM: tl.constexpr):
     """Each of `ys [KS, 8, 4]` summed over the warps, in all of them."""
-    KS: tl.constexpr = ys[0].shape[0]
     if KS == 1:
         return ys
     elif ASM:
@@ -313,6 +311,7 @@ def _store(
     bias_ptr,
     M,
     N,
+    KS: tl.constexpr,
     S: tl.constexpr,
     R: tl.constexpr,
     NC: tl.constexpr,
@@ -320,7 +319,6 @@ def _store(
     ASM: tl.constexpr,
 ):
     """The tile's sums over slices and warps, plus bias, into out `[M, N]`."""
-    KS: tl.constexpr = accs[0].shape[0]
     ROWS: tl.constexpr = 8 // S
     SN: tl.constexpr = S * NC
     if SN == 1:
@@ -328,8 +326,8 @@ def _store(
     else:
         ys = ()
         for i in tl.static_range(2 * R):
-            ys = ys + (_over_slices(accs[2 * i], accs[2 * i + 1], S, NC, ASM),)
-    ys = _over_warps(ys, half, ASM)
+            ys = ys + (_over_slices(accs[2 * i], accs[2 * i + 1], KS, S, NC, ASM),)
+    ys = _over_warps(ys, half, KS, ASM)
     ks = tl.arange(0, KS)[:, None, None]
     g = tl.arange(0, 8)[None, :, None]
     t = tl.arange(0, 4)[None, None, :]
@@ -463,7 +461,7 @@ def few_rows_kernel(
                     new_accs = new_accs + (accs[4 * r + i] + part * ss[2 * (h * R + r) + i // 2][i % 2],)
             accs = new_accs
         if last:
-            _store(accs, tile, half, out_ptr, bias_ptr, M, N, S, R, NC, HAS_BIAS, ASM)
+            _store(accs, tile, half, out_ptr, bias_ptr, M, N, KS, S, R, NC, HAS_BIAS, ASM)
             zeroed = ()
             for _ in tl.static_range(4 * R):
                 zeroed = zeroed + (zero,)

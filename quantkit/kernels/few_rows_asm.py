@@ -10,12 +10,8 @@ inputs alike for the second, and multiplies:
     3 bits           j = i + 16, of both words of low bits
 
 Affine codes come as q plus an offset, which is a power of two: the mantissa's bit that stands for 1 may be any, if the
-exponent says so. So only one shift serves several codes of three bits, each with an offset of its own:
-
-    bfloat16         128 + q, 32 + q, 8 + q               codes i, i + 1, i + 2 of a half
-    float16          1024 + q, 256 + q, 64 + q, 16 + q
-
-Another product takes the sums that this costs, with the offsets in its rows g and ones in its rows g + 8.
+exponent says so. So two codes of three bits are masked out of a byte without a shift, with offsets 128 and 8 (bfloat16),
+1024 and 64 (float16). Another product takes the sums that offsets cost, with the offsets in its rows g and ones in its rows g + 8.
 
 (The fragments' lanes: PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type".)
 """
@@ -85,15 +81,19 @@ LOAD_8_PAIR = tl.constexpr("{ .reg .b16 w; ld.global.nc.u16 w, [$2]; and.b16 $0,
 def _four_bits(word: str, out: str, dtype: str) -> list[str]:
     """Codes i and i + 4 of `word` in the halves of `out`i, i < 4, as q + the offset."""
     lines = []
-    up, mask, base = (0, 0x000F000F, 0x43004300) if dtype == "bf16" else (4, 0x00F000F0, 0x54005400)
+    at = _FOUR_AT[dtype]
     for i in range(4):
-        shift = 4 * i - up
+        shift = 4 * i - at
         source = word
         if shift:
             lines.append(f"{'shr' if shift > 0 else 'shl'}.b32 t, {word}, {abs(shift)};")
             source = "t"
-        lines.append(f"lop3.b32 {out}{i}, {source}, 0x{mask:08x}, 0x{base:08x}, 0xea;")
+        lines.append(f"lop3.b32 {out}{i}, {source}, 0x{0xF000F << at:08x}, 0x{_offset(at, dtype):08x}, 0xea;")
     return lines
+
+
+#: Bit of a half at which four-bit codes are masked out.
+_FOUR_AT = {"bf16": 0, "f16": 4}
 
 
 def _offset(at: int, dtype: str) -> int:
@@ -104,26 +104,32 @@ def _offset(at: int, dtype: str) -> int:
 
 def _three_bits(low: str, high: str, top: str, out: str, dtype: str) -> list[str]:
     """Codes j and j + 16 of the words `low` and `high` (16 codes' low bits each) and `top` (32 codes' top bits) in
-    the halves of `out`j, j < 16, as q + the offset of `_three_offset`."""
-    several = _SEVERAL[dtype]
-    lines = [f"prmt.b32 l0, {low}, {high}, 0x5410; prmt.b32 l1, {low}, {high}, 0x7632;"]
-    for j in range(16):
-        group, e = divmod(j % 8, several)
-        if e == 0:
-            first = j - 2  # code j's top bit goes to bit 2
-            lines.append(f"{'shl' if first < 0 else 'shr'}.b32 h, {top}, {abs(first)};")
-            lines.append(f"shr.b32 t, l{j // 8}, {2 * several * group};")
-        lines.append(f"lop3.b32 v, t, 0x{0x00030003 << 2 * e:08x}, 0x{_offset(2 * e, dtype):08x}, 0xea;")
-        lines.append(f"shl.b32 u, h, {e}; lop3.b32 {out}{j}, u, 0x{0x00040004 << 2 * e:08x}, v, 0xea;")
+    the halves of `out`j, j < 16, as q + the offset of `_three_offset`.
+
+    Byte k of m is a nibble for code 8 k + r and one for 8 k + 4 + r: both top bits are where one shift brings them.
+    """
+    lines = [
+        f"prmt.b32 t, {low}, {high}, 0x6420; prmt.b32 u, {low}, {high}, 0x7531;",  # codes 8 k to 8 k + 3, and the others
+        "shl.b32 v, u, 4; lop3.b32 l0, t, v, 0x0f0f0f0f, 0xe4;",  # r = 0, 1 of both; the mask chooses
+        "shr.b32 v, t, 4; lop3.b32 l1, v, u, 0x0f0f0f0f, 0xe4;",  # r = 2, 3
+    ]
+    for r in range(4):
+        t, h = f"l{r // 2}", top
+        if r % 2:
+            lines.append(f"shr.b32 t, {t}, 2;")
+            t = "t"
+        if r != 2:
+            lines.append(f"{'shl' if r < 2 else 'shr'}.b32 h, {top}, {abs(2 - r)};")
+            h = "h"
+        lines.append(f"lop3.b32 m, {t}, {h}, 0x33333333, 0xe4; shr.b32 v, m, 8;")
+        for j, source in ((r, "m"), (4 + r, "m"), (8 + r, "v"), (12 + r, "v")):
+            at = _THREE_AT[j // 4]
+            lines.append(f"lop3.b32 {out}{j}, {source}, 0x{0x70007 << at:08x}, 0x{_offset(at, dtype):08x}, 0xea;")
     return lines
 
 
-#: Codes of three bits that one shift of the low bits serves.
-_SEVERAL = {"bf16": 3, "f16": 4}
-
-
-def _three_offset(j: int, dtype: str) -> int:
-    return _offset(2 * (j % 8 % _SEVERAL[dtype]), dtype)
+#: Bit of a half at which three-bit codes j, by j // 4, are masked out.
+_THREE_AT = (0, 4, 0, 4)
 
 
 def _table(word: str, out: str) -> list[str]:
@@ -149,7 +155,7 @@ def _products_asm(kind: int, dtype: str, sums: bool) -> str:
     x = [f"${first + len(codes) + i}" for i in range(count)]
     old = [f"${first + len(codes) + count + i}" for i in range(first)]
     names = ",".join(f"p{i},q{i},b{i}" for i in range(count))
-    lines = [f".reg .b32 t, u, v, h, l0, l1, at, one, o0, o1, {names}; .reg .f32 c0,c1,c2,c3,s0,s1,s2,s3;"]
+    lines = [f".reg .b32 t, u, v, h, m, l0, l1, at, one, o0, o1, {names}; .reg .f32 c0,c1,c2,c3,s0,s1,s2,s3;"]
     for row, out in ((0, "p"), (1, "q")):
         mine = codes[row * words : (row + 1) * words]
         if kind == 2:
@@ -175,7 +181,7 @@ def _products_asm(kind: int, dtype: str, sums: bool) -> str:
         lines.append(" ".join(f"mov.f32 s{i}, {old[4 + i]};" for i in range(4)))
         for i in range(0, count, 2):
             for e in range(2):
-                offset = _three_offset(i + e, dtype) if kind == 2 else _offset(0 if dtype == "bf16" else 4, dtype)
+                offset = _offset(_THREE_AT[(i + e) // 4] if kind == 2 else _FOUR_AT[dtype], dtype)
                 lines.append(f"mov.b32 o{e}, 0x{offset:08x};")
             lines.append(f"{mma} {{s0,s1,s2,s3}}, {{o0,one,o1,one}}, {{b{i},b{i + 1}}}, {{s0,s1,s2,s3}};")
         lines.append(" ".join(f"mov.f32 ${4 + i}, s{i};" for i in range(4)))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from gluon_values import run_ptx
 from kernel_support import compiled, longest_loop
 
 pytest.importorskip("triton")
 
-from quantkit.kernels import few_rows_launch, launch
+from quantkit.kernels import few_rows_asm, few_rows_launch, launch
 from quantkit.kernels.gemv_launch import KINDS
 from quantkit.kernels.launch_weight import Kind, LaunchWeight
 
@@ -100,3 +102,30 @@ def test_compiled_loop(kind: str, chip: int) -> None:
     assert len(layouts) == 1 and "sizePerThread = [1, 1, 1]" in layouts[0] and lanes in layouts[0]
     products = [line for line in binary.asm["ttgir"].splitlines() if "mma.sync" in line]
     assert products and all("#blocked>" in line for line in products)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+def test_codes_in_registers(dtype: str) -> None:
+    """The PTX that makes operands of codes: each half is its code plus the offset that the sums' operand has."""
+    codes = torch.randint(0, 8, (50, 32))
+    low = (codes & 3) << 2 * (torch.arange(32) % 16)
+    words = [low[:, :16].sum(1), low[:, 16:].sum(1), ((codes >> 2) << torch.arange(32)).sum(1)]
+    text = " ".join(few_rows_asm._three_bits("$16", "$17", "$18", "$", dtype))
+    three = run_ptx(text, [w.numpy().astype(np.uint32) for w in words], 16)
+    pairs = [(j, j + 16, few_rows_asm._THREE_AT[j // 4]) for j in range(16)]
+    check_halves(three, codes, pairs, dtype)
+    codes = torch.randint(0, 16, (50, 8))
+    word = (codes << 4 * torch.arange(8)).sum(1).numpy().astype(np.uint32)
+    four = run_ptx(" ".join(few_rows_asm._four_bits("$4", "$", dtype)), [word], 4)
+    check_halves(four, codes, [(i, i + 4, few_rows_asm._FOUR_AT[dtype]) for i in range(4)], dtype)
+
+
+def check_halves(
+    registers: list[np.ndarray], codes: torch.Tensor, pairs: list[tuple[int, int, int]], dtype: str
+) -> None:
+    kind = torch.bfloat16 if dtype == "bf16" else torch.float16
+    for register, (i, j, at) in zip(registers, pairs, strict=True):
+        halves = torch.from_numpy(register.view(np.int16).reshape(-1, 2)).view(kind).double()
+        offset = np.array([few_rows_asm._offset(at, dtype)], np.uint32).view(np.int16)
+        want = codes[:, [i, j]].double() + torch.from_numpy(offset).view(kind).double()
+        assert torch.equal(halves, want)
