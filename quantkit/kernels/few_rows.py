@@ -43,6 +43,9 @@ import triton.language as tl
 from quantkit.kernels.codebook_lookup import eight_values, fill_table
 from quantkit.kernels.few_rows_asm import (
     ADD_ACROSS,
+    CODES_BUFFER,
+    COMMIT,
+    COPY,
     EXCHANGE,
     EXCHANGE_CON,
     FOUR_ASM,
@@ -50,11 +53,13 @@ from quantkit.kernels.few_rows_asm import (
     LOAD_16_PAIR,
     LOAD_F32_PAIR,
     LOAD_X_IF,
+    OWN,
     STORE_IF,
     SUMS_BUFFER,
     TABLE_ASM,
     THREE_ASM,
     THREE_CON,
+    WAIT,
     WORD_CON,
     slot,
 )
@@ -197,58 +202,114 @@ def _codes(w, j: tl.constexpr, KIND: tl.constexpr, U: tl.constexpr):
 
 
 @triton.jit
-def _step(
-    row,
-    scales,
-    zeros,
-    k,
-    K,
-    slice,
-    t,
-    row_bytes,
-    high_offset,
-    groups,
-    KIND: tl.constexpr,
-    S: tl.constexpr,
-    R: tl.constexpr,
-    H: tl.constexpr,
-    U: tl.constexpr,
-    GROUP: tl.constexpr,
-    NC: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    ASM: tl.constexpr,
-):
-    """Of H blocks, a thread's slices in them beginning at `k + slice`, and the rows g // S + i * 8 / S, i < 2 R:
-    units, scales and zero points."""
+def _places(k, K, slice, t, S: tl.constexpr, H: tl.constexpr, U: tl.constexpr, EVEN_K: tl.constexpr):
+    """First inputs of a thread's slices in H blocks, which begin at `k + slice`; 0 beyond K."""
+    out = ()
+    for h in tl.static_range(H):
+        first = k + slice + 4 * U * S * h
+        out = out + (first if EVEN_K else tl.where(first < K, first, 0),)
+    return out
+
+
+@triton.jit
+def _beyond(first, K, t, U: tl.constexpr, EVEN_K: tl.constexpr):
+    at = first + t * U
+    return at if EVEN_K else tl.where(at < K, at, 0)
+
+
+@triton.jit
+def _units(
+    row, firsts, K, t, row_bytes, high_offset, KIND: tl.constexpr, S: tl.constexpr, R: tl.constexpr,
+    U: tl.constexpr, EVEN_K: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Of each block and the rows g // S + i * 8 / S, i < 2 R: the thread's unit."""
     ws = ()
+    for h in tl.static_range(len(firsts)):
+        at = _beyond(firsts[h], K, t, U, EVEN_K)
+        for i in tl.static_range(2 * R):
+            here = row + tl.full((), (8 // S) * i, tl.int64) * row_bytes
+            if KIND == AFFINE3:
+                low = words(here + at // 4, U // 16, False, ASM)
+                ws = ws + (low + words(here + high_offset + at // 8, U // 32, False, ASM),)
+            else:
+                ws = ws + (words(here + at // 2, 4, False, ASM),)
+    return ws
+
+
+@triton.jit
+def _ask(
+    own, own_top, row, firsts, K, t, row_bytes, high_offset, KS: tl.constexpr, S: tl.constexpr, R: tl.constexpr,
+    U: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """The same units of three bits, to where `_taken` finds them: a thread reads what it has asked for itself."""
+    LOW: tl.constexpr = COPY[U // 32]
+    TOP: tl.constexpr = COPY[U // 32 - 1]
+    for h in tl.static_range(len(firsts)):
+        at = _beyond(firsts[h], K, t, U, EVEN_K)
+        for i in tl.static_range(2 * R):
+            here = row + tl.full((), (8 // S) * i, tl.int64) * row_bytes
+            to = own + (h * 2 * R + i) * (KS * 768)
+            tl.inline_asm_elementwise(LOW, "=r,r,l", [to, here + at // 4], tl.int32, is_pure=False, pack=1)
+            to = own_top + (h * 2 * R + i) * (KS * 768)
+            top = here + high_offset + at // 8
+            tl.inline_asm_elementwise(TOP, "=r,r,l", [to, top], tl.int32, is_pure=False, pack=1)
+    tl.inline_asm_elementwise(COMMIT, "=r,r", [own], tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _taken(own, own_top, COUNT: tl.constexpr, KS: tl.constexpr, U: tl.constexpr, AHEAD: tl.constexpr):
+    """Waits for the oldest step that was asked for, of AHEAD: its units."""
+    wait: tl.constexpr = WAIT[AHEAD - 1]
+    own = tl.inline_asm_elementwise(wait, "=r,r", [own], tl.int32, is_pure=False, pack=1)
+    LOW: tl.constexpr = OWN[U // 32]
+    TOP: tl.constexpr = OWN[U // 32 - 1]
+    two: tl.constexpr = (tl.int32,) * 2
+    four: tl.constexpr = (tl.int32,) * 4
+    ws = ()
+    for i in tl.static_range(COUNT):
+        low_at = own + i * (KS * 768)
+        top_at = own_top + i * (KS * 768)
+        if U == 64:
+            low = tl.inline_asm_elementwise(LOW, "=r,=r,=r,=r,r", [low_at], four, is_pure=False, pack=1)
+            top = tl.inline_asm_elementwise(TOP, "=r,=r,r", [top_at], two, is_pure=False, pack=1)
+            ws = ws + (low + top,)
+        else:
+            low = tl.inline_asm_elementwise(LOW, "=r,=r,r", [low_at], two, is_pure=False, pack=1)
+            top = tl.inline_asm_elementwise(TOP, "=r,r", [top_at], tl.int32, is_pure=False, pack=1)
+            ws = ws + (low + (top,),)
+    return ws
+
+
+@triton.jit
+def _scales(
+    scales, zeros, firsts, t, groups, KIND: tl.constexpr, S: tl.constexpr, R: tl.constexpr, U: tl.constexpr,
+    GROUP: tl.constexpr, NC: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Scales and zero points (not for a codebook) that belong to `_units`, of both columns."""
+    H: tl.constexpr = len(firsts)
     ss = ()
     zs = ()
     for h in tl.static_range(H):
-        first = k + slice + 4 * U * S * h
-        at = first + t * U
-        if not EVEN_K:
-            first = tl.where(first < K, first, 0)
-            at = tl.where(at < K, at, 0)
         for i in tl.static_range(2 * R):
-            far = tl.full((), (8 // S) * i, tl.int64)
-            here = row + far * row_bytes
-            if KIND == AFFINE3:
-                ws = ws + (
-                    words(here + at // 4, U // 16, False, ASM)
-                    + words(here + high_offset + at // 8, U // 32, False, ASM),
-                )
-            else:
-                ws = ws + (words(here + at // 2, 4, False, ASM),)
             if h == 0 or (GROUP > 0 and GROUP % (4 * U * S * H) != 0):
-                group = first * 0 if GROUP == 0 else first // GROUP + (2 * t) % NC
-                ss = ss + (_numbers(scales + (far * groups + group), NC > 1, ASM),)
+                far = tl.full((), (8 // S) * i, tl.int64) * groups
+                group = firsts[h] * 0 if GROUP == 0 else firsts[h] // GROUP + (2 * t) % NC
+                ss = ss + (_numbers(scales + (far + group), NC > 1, ASM),)
                 if KIND != CODEBOOK:
-                    zs = zs + (_numbers(zeros + (far * groups + group), NC > 1, ASM),)
+                    zs = zs + (_numbers(zeros + (far + group), NC > 1, ASM),)
             else:
                 ss = ss + (ss[i],)
                 if KIND != CODEBOOK:
                     zs = zs + (zs[i],)
-    return ws, ss, zs
+    return ss, zs
+
+
+@triton.jit
+def _advance(k, tile, K, tiles, STEP: tl.constexpr):
+    """The step after `k` of `tile`: its next inputs or another tile's first; at the end that tile once more."""
+    last = k + STEP >= K
+    tile = tl.minimum(tl.where(last, tile + tl.num_programs(0), tile), tiles - 1)
+    return tl.where(last, 0, k + STEP), tile
 
 
 @triton.jit
@@ -381,6 +442,7 @@ def few_rows_kernel(
     HAS_BIAS: tl.constexpr,
     ASM: tl.constexpr,
     THREADS: tl.constexpr,
+    AHEAD: tl.constexpr = 1,
 ):
     """Grid: any number of programs up to `tiles` = N / (16 / S * R), which share them. M * S * NC is at most 8, NC at most 4; S is a power of two; U divides K; GROUP is 0
     (one group per row), a multiple of 4 U or its half or quarter. Addresses of x and of rows are multiples of 16, of
@@ -413,28 +475,59 @@ def few_rows_kernel(
     zero = tl.zeros((KS, 8, 4), tl.float32)
 
     # One loop over the steps of all the program's tiles: the next tile's codes are asked for before this one ends.
+    STAGED: tl.constexpr = ASM and KIND == AFFINE3
+    TILE: tl.constexpr = 2 * ROWS * R
+    SLOT: tl.constexpr = 2 * R * H * KS * 768
     tile = tl.program_id(0)
     count = tl.cdiv(tiles - tile, tl.num_programs(0)) * tl.cdiv(K, STEP)
-    first = tile.to(tl.int64) * (2 * ROWS * R)
     k = 0
     half = 0
-    ws, ss, zs = _step(
-        row + first * row_bytes, scales + first * groups, zeros + first * groups, k, K, slice, t, row_bytes,
-        high_offset, groups, KIND, S, R, H, U, GROUP, NC, EVEN_K, ASM,
-    )  # fmt: skip
+    next_k = 0
+    next_tile = tile
+    ws = ()
+    own = whole
+    own_top = whole
+    slot = 0
+    if STAGED:
+        codes_buffer: tl.constexpr = CODES_BUFFER[((AHEAD + 1) * SLOT + 1023) // 1024]
+        two: tl.constexpr = (tl.int32, tl.int32)
+        own, own_top = tl.inline_asm_elementwise(codes_buffer, "=r,=r,r", [whole], two, is_pure=False, pack=1)
+        own_top += KS * 512
+        for a in tl.static_range(AHEAD):
+            firsts = _places(next_k, K, slice, t, S, H, U, EVEN_K)
+            far = next_tile.to(tl.int64) * TILE
+            _ask(own + a * SLOT, own_top + a * SLOT, row + far * row_bytes, firsts, K, t, row_bytes, high_offset, KS, S, R, U, EVEN_K)
+            next_k, next_tile = _advance(next_k, next_tile, K, tiles, STEP)
+    far = tile.to(tl.int64) * TILE
+    firsts = _places(k, K, slice, t, S, H, U, EVEN_K)
+    if not STAGED:
+        ws = _units(row + far * row_bytes, firsts, K, t, row_bytes, high_offset, KIND, S, R, U, EVEN_K, ASM)
+    ss, zs = _scales(scales + far * groups, zeros + far * groups, firsts, t, groups, KIND, S, R, U, GROUP, NC, ASM)
     accs = ()
     for _ in tl.static_range(4 * R):
         accs = accs + (zero,)
     for _ in tl.range(0, count, num_stages=1):
-        # In the last step its own codes once more, which are not used.
+        # In the last steps its own codes once more, which are not used.
         last = k + STEP >= K
-        next_k = tl.where(last, 0, k + STEP)
-        next_tile = tl.minimum(tl.where(last, tile + tl.num_programs(0), tile), tiles - 1)
-        first = next_tile.to(tl.int64) * (2 * ROWS * R)
-        next_ws, next_ss, next_zs = _step(
-            row + first * row_bytes, scales + first * groups, zeros + first * groups, next_k, K, slice, t, row_bytes,
-            high_offset, groups, KIND, S, R, H, U, GROUP, NC, EVEN_K, ASM,
-        )  # fmt: skip
+        after_k, after_tile = _advance(k, tile, K, tiles, STEP)
+        far = after_tile.to(tl.int64) * TILE
+        firsts = _places(after_k, K, slice, t, S, H, U, EVEN_K)
+        if STAGED:
+            units = _taken(own + slot * SLOT, own_top + slot * SLOT, 2 * R * H, KS, U, AHEAD)
+            slot = tl.where(slot == 0, AHEAD, slot - 1)  # read a step ago
+            later = _places(next_k, K, slice, t, S, H, U, EVEN_K)
+            there = row + next_tile.to(tl.int64) * TILE * row_bytes
+            _ask(own + slot * SLOT, own_top + slot * SLOT, there, later, K, t, row_bytes, high_offset, KS, S, R, U, EVEN_K)
+            slot = tl.where(slot >= AHEAD - 1, slot - AHEAD + 1, slot + 2)
+            next_k, next_tile = _advance(next_k, next_tile, K, tiles, STEP)
+        else:
+            units = ws
+            next_ws = _units(
+                row + far * row_bytes, firsts, K, t, row_bytes, high_offset, KIND, S, R, U, EVEN_K, ASM
+            )
+        next_ss, next_zs = _scales(
+            scales + far * groups, zeros + far * groups, firsts, t, groups, KIND, S, R, U, GROUP, NC, ASM
+        )
         for h in tl.static_range(H):
             wanted = mine if EVEN_K else tl.where(k + unit + 4 * U * S * h < K, mine, 0)
             sums = (zero, zero, zero, zero)
@@ -446,7 +539,7 @@ def few_rows_kernel(
                 new_parts = ()
                 for r in tl.static_range(R):
                     c, sums = _products(
-                        _codes(ws[2 * (h * R + r)], j, KIND, U), _codes(ws[2 * (h * R + r) + 1], j, KIND, U), x,
+                        _codes(units[2 * (h * R + r)], j, KIND, U), _codes(units[2 * (h * R + r) + 1], j, KIND, U), x,
                         lut_ptr, parts[r], sums, KIND != CODEBOOK and r == 0, KS, KIND, DTYPE, ASM,
                     )  # fmt: skip
                     new_parts = new_parts + (c,)
@@ -467,8 +560,9 @@ def few_rows_kernel(
                 zeroed = zeroed + (zero,)
             accs = zeroed
             half = 1 - half
-        k = next_k
-        tile = next_tile
-        ws = next_ws
+        k = after_k
+        tile = after_tile
+        if not STAGED:
+            ws = next_ws
         ss = next_ss
         zs = next_zs

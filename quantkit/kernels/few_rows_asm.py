@@ -27,6 +27,24 @@ LOAD_X_IF = tl.constexpr(
     " mov.b32 d, 0; @p ld.global.nc.v4.b32 {a,b,c,d}, [$4]; mov.b32 $0, a; mov.b32 $1, b; mov.b32 $2, c;"
     " mov.b32 $3, d; }"
 )
+#: By the logarithm of bytes / 4: to shared memory at $1 from $2, without waiting.
+COPY = tl.constexpr(
+    tuple(f"cp.async.{how}.shared.global [$1], [$2], {n}; mov.b32 $0, 0;" for how, n in (("ca", 4), ("ca", 8), ("cg", 16)))
+)
+COMMIT = tl.constexpr("cp.async.commit_group; mov.b32 $0, 0;")
+#: By how many steps may still be on their way: $0 = $1 when the others have come.
+WAIT = tl.constexpr(tuple(f"cp.async.wait_group {n}; mov.b32 $0, $1;" for n in range(3)))
+#: By the logarithm of words: from shared memory at the last operand.
+OWN = tl.constexpr(("ld.shared.b32 $0, [$1];", "ld.shared.v2.b32 {$0,$1}, [$2];", "ld.shared.v4.b32 {$0,$1,$2,$3}, [$4];"))
+#: By KiB: $0, $1 = the thread's addresses in a buffer of that size, of pieces of 16 and of 8 bytes.
+CODES_BUFFER = tl.constexpr(
+    tuple(
+        f".shared .align 16 .b8 quantkit_codes[{1024 * max(n, 1)}];"
+        " { .reg .b32 b, n; mov.u32 b, quantkit_codes; mov.u32 n, %tid.x; mad.lo.u32 $0, n, 16, b;"
+        " mad.lo.u32 $1, n, 8, b; }"
+        for n in range(49)
+    )
+)
 #: $1 plus what the lane at a distance of 1, 2, 4, 8 and 16 (exclusive or) has.
 ADD_ACROSS = tl.constexpr(
     tuple(

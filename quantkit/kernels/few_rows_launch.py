@@ -26,6 +26,7 @@ class FewRowsConfig:
     unit: int = 32
     slices: int = 1
     resident: int = 0
+    ahead: int = 1
 
 
 #: Affine codes that this kernel or `gemv_kernel` decodes.
@@ -142,6 +143,7 @@ def launch_few_rows(
         HAS_BIAS=bias is not None,
         ASM=asm,
         THREADS=32 * tile.steps,
+        AHEAD=tile.ahead,
         num_warps=tile.steps,
         num_stages=1,
     )
