@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -38,7 +39,6 @@ from triton.runtime.jit import JITFunction
 from quantkit.encoding import Affine, Codebook, Encoding, Float8, expected_shapes
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.kernels import dispatch, launch, tuned
-from quantkit.kernels.codebook_lookup import TABLE_BYTES
 
 #: Bytes of shared memory that one program may have, by target (CUDA programming guide, table of compute
 #: capabilities, minus the 1 KB that the driver keeps from sm_80 on; AMD: the size of the LDS).
@@ -242,6 +242,13 @@ def _call(encoding: Encoding, shape: tuple[int, int], rows: int, dtype: torch.dt
             kernel(*arguments)
 
 
+def declared_shared(ptx: str) -> int:
+    """Bytes of shared memory that inline PTX declares in a kernel, which Triton's metadata does not count."""
+    return sum(
+        4 * int(words) for words in re.findall(r"\.shared \.align 16 \.b32 quantkit_\w+\[(\d+)\]", ptx)
+    )
+
+
 def compile_record(item: Record, target_name: str) -> Built:
     """One binary, with as many pipeline stages as the chip's shared memory holds; QuantkitError if none fit."""
     target, limit = parse_target(target_name), SHARED_LIMIT[target_name]
@@ -257,9 +264,7 @@ def compile_record(item: Record, target_name: str) -> Built:
         )
         compiled = triton.compile(source, target=target, options=options)
         shared = int(compiled.metadata.shared)
-        static = (
-            TABLE_BYTES if "quantkit_pairs" in compiled.asm.get("ptx", "") else 0
-        )  # Triton does not count it
+        static = declared_shared(compiled.asm.get("ptx", ""))
         stages = int(constants.get("STAGES", options.get("num_stages", 1)))
         if shared + static <= limit:
             break

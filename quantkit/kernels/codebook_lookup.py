@@ -59,8 +59,6 @@ _LOOKUP = tl.constexpr(
 
 _FILL_F16 = tl.constexpr(_fill_asm("f16"))
 _FILL_BF16 = tl.constexpr(_fill_asm("bf16"))
-#: Shared memory that the table takes besides what Triton's metadata says.
-TABLE_BYTES = 32768
 
 
 @triton.jit

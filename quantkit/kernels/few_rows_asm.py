@@ -10,8 +10,9 @@ inputs alike for the second, and multiplies:
     3 bits           j = i + 16, of both words of low bits
 
 Affine codes come as q plus an offset, which is a power of two: the mantissa's bit that stands for 1 may be any, if the
-exponent says so. So two codes of three bits are masked out of a byte without a shift, with offsets 128 and 8 (bfloat16),
-1024 and 64 (float16). Another product takes the sums that offsets cost, with the offsets in its rows g and ones in its rows g + 8.
+exponent says so. So two codes of three bits are masked out of a byte without a shift, with offsets 128 and 8
+(bfloat16), 1024 and 64 (float16). Another product takes the sums that offsets cost, with the offsets in its rows g
+and ones in its rows g + 8.
 
 (The fragments' lanes: PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type".)
 """
@@ -26,24 +27,6 @@ LOAD_X_IF = tl.constexpr(
     "{ .reg .pred p; .reg .b32 a, b, c, d; setp.ne.b32 p, $5, 0; mov.b32 a, 0; mov.b32 b, 0; mov.b32 c, 0;"
     " mov.b32 d, 0; @p ld.global.nc.v4.b32 {a,b,c,d}, [$4]; mov.b32 $0, a; mov.b32 $1, b; mov.b32 $2, c;"
     " mov.b32 $3, d; }"
-)
-#: By the logarithm of bytes / 4: to shared memory at $1 from $2, without waiting.
-COPY = tl.constexpr(
-    tuple(f"cp.async.{how}.shared.global [$1], [$2], {n}; mov.b32 $0, 0;" for how, n in (("ca", 4), ("ca", 8), ("cg", 16)))
-)
-COMMIT = tl.constexpr("cp.async.commit_group; mov.b32 $0, 0;")
-#: By how many steps may still be on their way: $0 = $1 when the others have come.
-WAIT = tl.constexpr(tuple(f"cp.async.wait_group {n}; mov.b32 $0, $1;" for n in range(3)))
-#: By the logarithm of words: from shared memory at the last operand.
-OWN = tl.constexpr(("ld.shared.b32 $0, [$1];", "ld.shared.v2.b32 {$0,$1}, [$2];", "ld.shared.v4.b32 {$0,$1,$2,$3}, [$4];"))
-#: By KiB: $0, $1 = the thread's addresses in a buffer of that size, of pieces of 16 and of 8 bytes.
-CODES_BUFFER = tl.constexpr(
-    tuple(
-        f".shared .align 16 .b8 quantkit_codes[{1024 * max(n, 1)}];"
-        " { .reg .b32 b, n; mov.u32 b, quantkit_codes; mov.u32 n, %tid.x; mad.lo.u32 $0, n, 16, b;"
-        " mad.lo.u32 $1, n, 8, b; }"
-        for n in range(49)
-    )
 )
 #: $1 plus what the lane at a distance of 1, 2, 4, 8 and 16 (exclusive or) has.
 ADD_ACROSS = tl.constexpr(
@@ -79,7 +62,9 @@ def _exchange_asm(warps: int, count: int) -> str:
 _WARPS, _COUNTS = (1, 2, 4, 8), (2, 4, 8, 16)
 #: At `slot(warps, count)`: PTX at a kernel's begin, PTX of the exchange. At `slot(1, count)`: constraints of that.
 SUMS_BUFFER = tl.constexpr(
-    tuple(f".shared .align 16 .b32 quantkit_sums[{64 * w * c}]; mov.u32 $0, 0;" for w in _WARPS for c in _COUNTS)
+    tuple(
+        f".shared .align 16 .b32 quantkit_sums[{64 * w * c}]; mov.u32 $0, 0;" for w in _WARPS for c in _COUNTS
+    )
 )
 EXCHANGE = tl.constexpr(tuple(_exchange_asm(w, c) for w in _WARPS for c in _COUNTS))
 EXCHANGE_CON = tl.constexpr(tuple(",".join(["=&f"] * c + ["f"] * c + ["r"]) for c in _COUNTS))
@@ -127,7 +112,8 @@ def _three_bits(low: str, high: str, top: str, out: str, dtype: str) -> list[str
     Byte k of m is a nibble for code 8 k + r and one for 8 k + 4 + r: both top bits are where one shift brings them.
     """
     lines = [
-        f"prmt.b32 t, {low}, {high}, 0x6420; prmt.b32 u, {low}, {high}, 0x7531;",  # codes 8 k to 8 k + 3, and the others
+        # codes 8 k to 8 k + 3, and the others
+        f"prmt.b32 t, {low}, {high}, 0x6420; prmt.b32 u, {low}, {high}, 0x7531;",
         "shl.b32 v, u, 4; lop3.b32 l0, t, v, 0x0f0f0f0f, 0xe4;",  # r = 0, 1 of both; the mask chooses
         "shr.b32 v, t, 4; lop3.b32 l1, v, u, 0x0f0f0f0f, 0xe4;",  # r = 2, 3
     ]
@@ -142,7 +128,9 @@ def _three_bits(low: str, high: str, top: str, out: str, dtype: str) -> list[str
         lines.append(f"lop3.b32 m, {t}, {h}, 0x33333333, 0xe4; shr.b32 v, m, 8;")
         for j, source in ((r, "m"), (4 + r, "m"), (8 + r, "v"), (12 + r, "v")):
             at = _THREE_AT[j // 4]
-            lines.append(f"lop3.b32 {out}{j}, {source}, 0x{0x70007 << at:08x}, 0x{_offset(at, dtype):08x}, 0xea;")
+            lines.append(
+                f"lop3.b32 {out}{j}, {source}, 0x{0x70007 << at:08x}, 0x{_offset(at, dtype):08x}, 0xea;"
+            )
     return lines
 
 

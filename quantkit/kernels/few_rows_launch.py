@@ -1,4 +1,4 @@
-"""Launch of the kernels that pass shared memory by: one row of x (`gemv_kernel`), or a few (`few_rows_kernel`)."""
+"""Launch of `few_rows_kernel`: one to eight rows of x times four- or three-bit weights, where it covers them."""
 
 from __future__ import annotations
 
@@ -8,78 +8,94 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from quantkit.kernels import gemv_launch, launch
+from quantkit.kernels import launch
 from quantkit.kernels.few_rows import few_rows_kernel
-from quantkit.kernels.gemv_launch import KINDS
+from quantkit.kernels.few_rows_loads import AFFINE3, AFFINE4, CODEBOOK
 from quantkit.kernels.launch_weight import Kind, LaunchWeight
+from quantkit.kernels.sliced import multiprocessors
+
+#: The decodings of the kernel: its `KIND`.
+KINDS: dict[Kind, int] = {"codebook": CODEBOOK.value, "affine4": AFFINE4.value, "affine3": AFFINE3.value}
+#: Affine codes that it decodes.
+AFFINE_BITS = (3, 4)
 
 
 @dataclass(frozen=True)
 class FewRowsConfig:
     """Tile of `few_rows_kernel`: `steps` warps side by side along K, each with `blocks` blocks of `slices` times four
-    units of `unit` inputs at a time; `tiles` times 16 / `slices` rows of W in a program. 64 inputs in a unit are for
-    three bits."""
+    units of `unit` inputs at a time; `tiles` times 16 / `slices` rows of W at a time. 64 inputs in a unit are for
+    three bits. `resident`: programs for each multiprocessor, which share the tiles; 0: a program for each tile."""
 
     steps: int
     tiles: int
-    blocks: int
+    blocks: int = 1
     unit: int = 32
     slices: int = 1
     resident: int = 0
-    ahead: int = 1
 
 
-#: Affine codes that this kernel or `gemv_kernel` decodes.
-AFFINE_BITS = (3, 4)
+_T = FewRowsConfig
 _WIDEST = 1 << 31
-#: kind -> (largest N, tiles, the fastest first), by measurement (docs/benchmarks/kernels-h100.md).
-CONFIGS: dict[Kind, list[tuple[int, list[FewRowsConfig]]]] = {
-    "codebook": [
-        (4096, [FewRowsConfig(8, 1, 1)]),
-        (8192, [FewRowsConfig(4, 1, 2)]),
-        (12288, [FewRowsConfig(4, 1, 1)]),
-        (_WIDEST, [FewRowsConfig(4, 2, 1)]),
+#: (kind, are groups shorter than 128) -> (largest N, tiles), of which the first that fits x and the groups is taken:
+#: for one row of x, for two, for more. By measurement (docs/benchmarks/kernels-h100.md).
+CONFIGS: dict[tuple[Kind, bool], list[tuple[int, list[FewRowsConfig]]]] = {
+    ("codebook", True): [
+        (4096, [_T(4, 2, slices=4), _T(8, 2, slices=2), _T(8, 1)]),
+        (6144, [_T(4, 4, slices=4), _T(4, 2, slices=2), _T(4, 1)]),
+        (8192, [_T(4, 2, slices=4, resident=4), _T(4, 2, slices=2), _T(8, 2)]),
+        (12288, [_T(4, 2, slices=4, resident=4), _T(4, 4, slices=2), _T(4, 1)]),
+        (16384, [_T(4, 2, slices=4, resident=4), _T(4, 2, slices=2, resident=4), _T(4, 2)]),
+        (_WIDEST, [_T(4, 2, slices=4, resident=4), _T(4, 2, slices=2, resident=4), _T(8, 2, resident=3)]),
     ],
-    "affine4": [
-        (8191, []),  # `affine_gemm` is as fast there
-        (8192, [FewRowsConfig(8, 1, 1)]),
-        (12288, [FewRowsConfig(4, 1, 2)]),
-        (16384, [FewRowsConfig(4, 1, 1)]),
-        (_WIDEST, [FewRowsConfig(2, 2, 2)]),
+    ("affine4", True): [
+        # More rows of narrow weights: `affine_gemm` is as fast.
+        (4096, [_T(4, 2, slices=4), _T(8, 1, slices=2)]),
+        (6144, [_T(4, 2, slices=4), _T(8, 2, slices=2)]),
+        (8192, [_T(4, 2, slices=4, resident=4), _T(4, 2, slices=2), _T(8, 2)]),
+        (12288, [_T(2, 2, slices=4), _T(4, 2, slices=2), _T(4, 1, 2)]),
+        (16384, [_T(4, 2, slices=4, resident=6), _T(8, 2, slices=2, resident=3), _T(8, 2, resident=2)]),
+        (_WIDEST, [_T(4, 2, slices=4, resident=6), _T(4, 2, slices=2, resident=6), _T(8, 2, resident=2)]),
     ],
-    "affine3": [
-        (4096, [FewRowsConfig(8, 2, 1, 64), FewRowsConfig(8, 1, 2)]),
-        (6144, [FewRowsConfig(8, 1, 1, 64), FewRowsConfig(4, 2, 2)]),
-        (8192, [FewRowsConfig(8, 2, 1, 64), FewRowsConfig(4, 2, 2)]),
-        (12288, [FewRowsConfig(4, 1, 1, 64), FewRowsConfig(4, 2, 2)]),
-        (_WIDEST, [FewRowsConfig(4, 2, 1, 64), FewRowsConfig(4, 2, 2)]),
+    ("affine4", False): [  # five and more rows: `affine_gemm` is as fast
+        (4096, [_T(4, 1, slices=4), _T(8, 1, slices=2)]),
+        (6144, [_T(4, 4, slices=4), _T(8, 2, slices=2)]),
+        (8192, [_T(4, 4, slices=4), _T(4, 2, slices=2)]),
+        (12288, [_T(2, 2, slices=4), _T(4, 2, slices=2)]),
+        (16384, [_T(2, 4, slices=4), _T(8, 2, slices=2, resident=3)]),
+        (_WIDEST, [_T(2, 4, slices=4), _T(2, 4, slices=2)]),
+    ],
+    ("affine3", False): [
+        (4096, [_T(4, 2, unit=64, slices=4), _T(4, 2, slices=4), _T(8, 2, slices=2), _T(8, 1, 2)]),
+        (6144, [_T(2, 4, slices=8), _T(4, 2, 1, 64, 2), _T(8, 2, 1, 64), _T(4, 2, 2)]),
+        (8192, [_T(2, 4, slices=8), _T(4, 2, 1, 64, 2), _T(8, 2, 1, 64), _T(4, 2, 2)]),
+        (12288, [_T(2, 4, slices=8), _T(2, 4, slices=4), _T(4, 2, slices=2), _T(4, 2, 2)]),
+        (16384, [_T(2, 4, slices=8), _T(2, 4, slices=4), _T(2, 4, slices=2), _T(4, 2, 2)]),
+        (_WIDEST, [_T(2, 4, 1, 64, 4, 8), _T(2, 4, slices=4), _T(2, 4, slices=2), _T(4, 2, 2)]),
     ],
 }
-#: From this K on, one row of three bits is faster here than through `gemv_kernel`.
-ONE_ROW_INPUTS = 8192
-#: Columns of an mma: rows of x times the groups of a block.
+CONFIGS["codebook", False] = CONFIGS["codebook", True]
+CONFIGS["affine3", True] = CONFIGS["affine3", False]
+#: Columns of an mma: rows of x times slices times the groups of a slice.
 COLUMNS = 8
 _HALVES = (torch.float16, torch.bfloat16)
 
 
-def tiles(kind: Kind, n: int) -> list[FewRowsConfig]:
-    """Tiles for a weight of n rows, the fastest first."""
-    return next(found for most, found in CONFIGS[kind] if n <= most)
+def tiles(kind: Kind, n: int, group: int) -> list[FewRowsConfig]:
+    """Tiles for a weight of n rows with groups of `group` (0: one a row), the fastest first."""
+    return next(found for most, found in CONFIGS[kind, 0 < group < 128] if n <= most)
 
 
 @cache
 def _tile(kind: Kind, m: int, n: int, k: int, group: int) -> FewRowsConfig | None:
-    """The tile for `x [m, k]` and a weight `[n, k]`; None where rows are left over, groups and blocks do not fit."""
-    for tile in tiles(kind, n):
-        block = 4 * tile.unit
-        columns = block // group if 0 < group < block else 1
-        fits = columns * group == block or group % block == 0  # 0: one group per row
-        whole = fits and columns <= 4 and m * columns <= COLUMNS and k % tile.unit == 0
-        if group:  # groups of a row come in whole blocks
+    """The tile for `x [m, k]` and a weight `[n, k]`; None where rows are left over, groups and slices do not fit."""
+    for tile in tiles(kind, n, group):
+        inputs = 4 * tile.unit  # of a slice
+        columns = inputs // group if 0 < group < inputs else 1
+        fits = columns * group == inputs or group % inputs == 0  # 0: one group per row
+        whole = fits and columns <= 4 and m * columns * tile.slices <= COLUMNS and k % tile.unit == 0
+        if group:  # groups of a row come in whole slices
             whole = whole and k % group == 0 and k // group % columns == 0
-        if kind == "affine4" and columns == 1:
-            whole = False  # `affine_gemm` is as fast, with more rows faster
-        if whole and n % (16 * tile.tiles) == 0:
+        if whole and n * tile.slices % (16 * tile.tiles) == 0:
             return tile
     return None
 
@@ -87,12 +103,10 @@ def _tile(kind: Kind, m: int, n: int, k: int, group: int) -> FewRowsConfig | Non
 def tile_for(x: Tensor, weight: LaunchWeight) -> FewRowsConfig | None:
     """The tile with which the kernel multiplies `x [M, K]`, or None: it does not cover this product.
 
-    It covers two to eight rows (at most four in groups of half a block, two of a quarter), and one row of a wide
-    weight of three bits; float16 or bfloat16 at aligned addresses, on NVIDIA; weights as `_tile` says.
+    It covers one to eight rows (at most four in groups of half a slice, two of a quarter; four bits in longer
+    groups: at most four); float16 or bfloat16 at aligned addresses, on NVIDIA; weights as `_tile` says.
     """
     (m, k), kind, codes = x.shape, weight.kind, weight.codes
-    if m == 1 and (kind != "affine3" or k < ONE_ROW_INPUTS):
-        return None
     if m > COLUMNS or kind not in KINDS or x.dtype not in _HALVES or not launch.has_ptx():
         return None
     aligned = (x.data_ptr() | codes.data_ptr()) % 16 == 0 and (m == 1 or x.stride(0) % 8 == 0)
@@ -101,22 +115,33 @@ def tile_for(x: Tensor, weight: LaunchWeight) -> FewRowsConfig | None:
     return _tile(kind, m, weight.n, k, weight.group) if aligned and x.stride(1) == 1 else None
 
 
+@cache
+def programs(tile: FewRowsConfig, count: int, device: torch.device) -> int:
+    """How many programs share `count` tiles: all of `resident`, or as few as need no more turns than those."""
+    most = tile.resident * multiprocessors(device)
+    return launch.cdiv(count, launch.cdiv(count, most)) if most else count
+
+
 def launch_few_rows(
-    x: Tensor, weight: LaunchWeight, bias: Tensor | None, tile: FewRowsConfig, asm: bool = True
+    x: Tensor,
+    weight: LaunchWeight,
+    bias: Tensor | None,
+    tile: FewRowsConfig,
+    asm: bool = True,
+    most: int | None = None,
 ) -> Tensor:
     """`x [M, K]`, its columns in the weight's order, times W plus `bias [N]`: `[M, N]` in the dtype of x.
 
-    `asm=False` runs on portable loads and products.
+    `asm=False` runs on portable loads and products; `most`: programs, instead of what the tile says.
     """
     kind, n, group, codes, scale, zero, lut, _, _ = weight
     m, k = x.shape
     out = x.new_empty((m, n))
     row_bytes = codes.stride(0) if kind != "codebook" else k // 2
     count = n * tile.slices // (16 * tile.tiles)
-    programs = min(count, 132 * tile.resident) if tile.resident else count
     launch.launch(
         few_rows_kernel,
-        (programs,),
+        (programs(tile, count, x.device) if most is None else min(most, count),),
         x,
         codes,
         scale,
@@ -143,7 +168,6 @@ def launch_few_rows(
         HAS_BIAS=bias is not None,
         ASM=asm,
         THREADS=32 * tile.steps,
-        AHEAD=tile.ahead,
         num_warps=tile.steps,
         num_stages=1,
     )
@@ -151,14 +175,10 @@ def launch_few_rows(
 
 
 def multiply(x: Tensor, weight: LaunchWeight, bias: Tensor | None) -> Tensor | None:
-    """`x [M, K]` times the weight plus `bias [N]`: `[M, N]`; None where neither kernel covers the product."""
-    few = tile_for(x, weight)
-    one = gemv_launch.tile_for(x, weight) if few is None else None
-    if one is None and few is None:
+    """`x [M, K]` times the weight plus `bias [N]`: `[M, N]`; None where the kernel does not cover the product."""
+    tile = tile_for(x, weight)
+    if tile is None:
         return None
     if weight.perm is not None:
         x = x.index_select(1, weight.perm)
-    if few is not None:
-        return launch_few_rows(x, weight, bias, few)
-    assert one is not None
-    return gemv_launch.launch_gemv(x, weight, bias, one)
+    return launch_few_rows(x, weight, bias, tile)

@@ -1,4 +1,4 @@
-"""A weight as the kernels with a launch of their own take it: `gemv`, `few_rows` and `wide_hopper`.
+"""A weight as the kernels with a launch of their own take it: `few_rows` and `wide_hopper`.
 
 Each op builds it once a call, and passes it to whichever of them answers.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quantkit.encoding import Affine, Codebook, PackedWeight
 
-#: How codes become numbers. `KINDS` of `gemv_launch` (for `few_rows` too) and of `wide_hopper_launch` say which of
+#: How codes become numbers. `KINDS` of `few_rows_launch` and of `wide_hopper_launch` say which of
 #: these a kernel has, and by which number it knows them.
 Kind = Literal["codebook", "affine1", "affine2", "affine3", "affine4", "affine8", "float8"]
 

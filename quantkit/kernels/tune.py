@@ -68,12 +68,11 @@ def tune(
 
 
 def _has_own_kernel(packed: PackedWeight, m: int, dtype: torch.dtype) -> bool:
-    """Do the kernels without shared memory serve m rows of x by this weight?"""
-    from quantkit.kernels import few_rows_launch, gemv_launch, launch_weight
+    """Does the kernel without shared memory serve m rows of x by this weight?"""
+    from quantkit.kernels import few_rows_launch, launch_weight
 
     x = torch.empty(m, packed.shape[1], dtype=dtype, device=packed.codes.device)
-    covers = (gemv_launch if m == 1 else few_rows_launch).tile_for
-    return covers(x, launch_weight.of(packed)) is not None
+    return few_rows_launch.tile_for(x, launch_weight.of(packed)) is not None
 
 
 def _one(

@@ -27,7 +27,6 @@ from quantkit.kernels import (
     few_rows_launch,
     float8,
     float8_tuning,
-    gemv_launch,
     launch_weight,
     reference,
     tuning,
@@ -111,80 +110,55 @@ def codebook_cases() -> Iterator[tuple[str, float]]:
     yield "part in words", 0.0 if torch.equal(part, dequantize(packed)[17:33, 128:384]) else 2.0
 
 
-#: Inputs' dtypes of the kernels without shared memory, and how much wider than float16's their bound is. Inputs are
+#: Inputs' dtypes of the kernel without shared memory, and how much wider than float16's their bound is. Inputs are
 #: widened by their bits, so bfloat16 runs too; the interpreter rounds its results toward zero (8 bits: less than a
 #: last place, 2**-7 relative).
 HALVES = ((torch.float16, 1.0), (torch.bfloat16, 2.0**-7 / BOUND[torch.float16]))
 
 
-def gemv_cases() -> Iterator[tuple[str, float]]:
-    """`gemv_kernel` on portable loads: each decoding, groups, a K that ends inside a step, both kinds of zeros."""
-    tile = gemv_launch.GemvConfig(4, 2, 2, 4)
-    device = torch.device("cpu")
-    for form in (
-        "nf4",
-        "affine-4g32",
-        "affine-4g1408",
-        "hqq-4g64",
-        "affine-3g64",
-        "affine-3g1408",
-        "hqq-3g64",
-    ):
-        for n, k in ((16, 512), (24, 1408)):
-            if form.endswith("1408") and k != 1408:
-                continue
-            packed = random_weight(form, n, k, device)
-            weight, exact = launch_weight.of(packed), dequantize(packed, torch.float64)
-            for dtype, slack in HALVES:
-                x, bias = torch.randn(1, k).to(dtype), torch.randn(n).to(dtype)
-                got = gemv_launch.launch_gemv(x, weight, bias, tile, asm=False)
-                yield f"gemv {form} {n}x{k} {dtype}", error(got, x, exact.T, bias, dtype, slack)
-
-
 def few_rows_cases() -> Iterator[tuple[str, float]]:
     """`few_rows_kernel` on portable loads and products: each decoding, all rows of x that fit, groups of less than a
-    block, of one and one per row, tiles of 2 to 32 rows of W, slices, a K that ends inside a step, both kinds of zeros.
+    slice, of one and one per row, tiles of 2 to 32 rows of W, fewer programs than tiles, a K that ends inside a step,
+    both kinds of zeros.
     """
     device = torch.device("cpu")
-    for form, counts in (
-        ("nf4", (1, 4)),
-        ("affine-4g32", (1, 2)),
-        ("affine-4g128", (1, 8)),
-        ("affine-4g1408", (5,)),
-        ("hqq-4g64", (1, 3)),
-        ("affine-3g64", (2,)),
-        ("affine-3g128", (1, 4)),
-        ("affine-3g1408", (1, 8)),
-        ("hqq-3g64", (4,)),
+    tile = few_rows_launch.FewRowsConfig
+    plain = (((16, 512), tile(4, 1)), ((32, 1408), tile(2, 2)), ((16, 1408), tile(4, 1, 2)))
+    wide = (
+        ((16, 1408), tile(2, 1, 1, 64)),
+        ((32, 512), tile(2, 2, 1, 64)),
+        ((16, 1792), tile(2, 1, 1, 64, 4)),
+    )
+    two = (((16, 1408), tile(2, 1, slices=2)),)
+    four = (((24, 1408), tile(1, 1, 2, slices=4)), ((16, 512), tile(2, 2, slices=4)))
+    eight = (((16, 1408), tile(2, 2, slices=8)), ((6, 1408), tile(1, 1, 1, 64, slices=8)))
+    for form, counts, cells in (
+        ("nf4", (1, 4), plain),
+        ("nf4", (2,), two),
+        ("nf4", (1,), four),
+        ("affine-4g32", (1, 2), plain[:2]),
+        ("affine-4g32", (1,), two),
+        ("affine-4g128", (1, 8), plain[1:]),
+        ("affine-4g128", (1,), eight[:1]),
+        ("affine-4g1408", (5,), plain[2:]),
+        ("hqq-4g64", (3,), plain[:1]),
+        ("hqq-4g64", (1,), four),
+        ("affine-3g64", (2,), plain[:1] + wide[1:2]),
+        ("affine-3g128", (1, 4), plain[1:2] + wide[:2]),
+        ("affine-3g128", (1,), wide[2:] + eight[:1]),
+        ("affine-3g1408", (1,), eight[1:]),
+        ("affine-3g1408", (8,), plain[1:2]),
+        ("hqq-3g64", (4,), plain[:1]),
     ):
-        for (n, k), tile in (
-            ((16, 512), few_rows_launch.FewRowsConfig(4, 1, 1)),
-            ((32, 1408), few_rows_launch.FewRowsConfig(2, 2, 1)),
-            ((16, 1408), few_rows_launch.FewRowsConfig(4, 1, 2)),
-            ((16, 1408), few_rows_launch.FewRowsConfig(2, 1, 1, 64)),
-            ((16, 1792), few_rows_launch.FewRowsConfig(2, 1, 1, 64)),
-            ((32, 512), few_rows_launch.FewRowsConfig(2, 2, 1, 64)),
-            ((16, 1408), few_rows_launch.FewRowsConfig(2, 1, 1, slices=2)),
-            ((16, 1408), few_rows_launch.FewRowsConfig(1, 2, 2, slices=4)),
-            ((16, 1024), few_rows_launch.FewRowsConfig(2, 2, 1, slices=8)),
-            ((16, 1792), few_rows_launch.FewRowsConfig(2, 1, 1, 64, slices=4)),
-            ((16, 1408), few_rows_launch.FewRowsConfig(1, 1, 1, 64, slices=8)),
-        ):
-            if (form.endswith("1408") and k != 1408) or (tile.unit == 64 and "-3" not in form):
-                continue
+        for (n, k), config in cells:
             packed = random_weight(form, n, k, device)
             weight, exact = launch_weight.of(packed), dequantize(packed, torch.float64)
-            group = weight.group
-            columns = max(1, 4 * tile.unit // group) if group else 1
-            if group and k // group % columns:  # a block of scales would reach into the next row: not covered
-                continue
             for m in counts:
-                if m * columns * tile.slices > few_rows_launch.COLUMNS:
-                    continue
                 for dtype, slack in HALVES:
                     x, bias = torch.randn(m, k + 8).to(dtype)[:, :k], torch.randn(n).to(dtype)
-                    got = few_rows_launch.launch_few_rows(x, weight, bias, tile, asm=False)
-                    yield f"few rows {form} {m} x {n}x{k} {dtype}", error(got, x, exact.T, bias, dtype, slack)
+                    got = few_rows_launch.launch_few_rows(x, weight, bias, config, asm=False, most=3)
+                    name = f"few rows {form} {m} x {n}x{k} {config} {dtype}"
+                    yield name, error(got, x, exact.T, bias, dtype, slack)
 
 
 def float8_weight(n: int, k: int, block: tuple[int, int], activation: str | None) -> PackedWeight:
@@ -258,7 +232,6 @@ def main() -> None:
     torch.manual_seed(int.from_bytes(__import__("os").urandom(4), "little"))
     cases = {
         "codebook": codebook_cases,
-        "gemv": gemv_cases,
         "few-rows": few_rows_cases,
         "float8": float8_cases,
     }[sys.argv[1]]

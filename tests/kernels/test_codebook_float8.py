@@ -10,10 +10,10 @@ from kernel_support import compiled, interpreted
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("family", ["codebook", "float8", "gemv", "few-rows"])
+@pytest.mark.parametrize("family", ["codebook", "float8", "few-rows"])
 def test_interpreted_kernels_match_float64(family: str) -> None:
     errors = interpreted("codebook_float8_cases.py", family)
-    assert len(errors) > (20 if family == "gemv" else 40)
+    assert len(errors) > 40
     bad = {case: e for case, e in errors.items() if not e <= 1}
     assert not bad, bad
 

@@ -1,7 +1,8 @@
-"""Two to eight rows of x (`few_rows_kernel`): who is covered, and compiled code. Numbers: test_codebook_float8."""
+"""One to eight rows of x (`few_rows_kernel`): who is covered, and compiled code. Numbers: test_codebook_float8."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from kernel_support import compiled, longest_loop
 pytest.importorskip("triton")
 
 from quantkit.kernels import few_rows_asm, few_rows_launch, launch
-from quantkit.kernels.gemv_launch import KINDS
+from quantkit.kernels.few_rows_launch import CONFIGS, KINDS, FewRowsConfig
 from quantkit.kernels.launch_weight import Kind, LaunchWeight
 
 
@@ -34,31 +35,26 @@ def covers(kind: Kind, m: int, n: int, k: int, group: int, **more: Any) -> bool:
 
 @pytest.mark.usefixtures("ptx")
 def test_what_is_covered() -> None:
-    for m in (2, 3, 4):
+    for m in (1, 2, 3, 4):
         assert covers("codebook", m, 4096, 11008, 64)
         assert covers("affine4", m, 14336, 4096, 64)
+        assert covers("affine4", m, 4096, 14336, 128) and covers("affine4", m, 8192, 4096, 0)
     assert covers("affine3", 8, 4096, 14336, 128) and covers("affine3", 8, 4096, 4096, 0)
-    assert covers("affine4", 2, 8192, 4096, 32)
-    assert not covers("affine4", 2, 6144, 4096, 64), "as fast through affine_gemm"
-    assert not covers("affine4", 3, 8192, 4096, 32), "four groups in a block leave columns for two rows"
+    assert covers("affine4", 2, 8192, 4096, 32) and covers("affine4", 1, 4096, 4096, 64)
+    assert not covers("affine4", 4, 6144, 4096, 64), "as fast through affine_gemm"
+    assert not covers("affine4", 5, 8192, 4096, 128), "as fast through affine_gemm"
+    assert not covers("affine4", 3, 8192, 4096, 32), "four groups in a slice leave columns for two rows"
     assert not covers("codebook", 5, 4096, 4096, 64)
     assert not covers("affine3", 9, 4096, 4096, 128)
-    assert not covers("codebook", 1, 4096, 4096, 64) and not covers("affine3", 1, 4096, 4096, 128), (
-        "gemv_kernel's"
+    assert not covers("codebook", 2, 4104, 4096, 64) and not covers("codebook", 1, 4095, 4096, 64), (
+        "rows left over"
     )
-    assert covers("affine3", 1, 8192, 28672, 128)
-    assert not covers("affine4", 4, 8192, 4096, 128), "as fast through affine_gemm"
-    assert not covers("codebook", 2, 4104, 4096, 64), "rows left over"
-    assert not covers("affine3", 2, 4096, 4224, 96), "blocks would cross groups"
+    assert not covers("affine3", 2, 4096, 4224, 96), "slices would cross groups"
+    assert not covers("codebook", 1, 4096, 4112, 16), "units of 32 codes would cross a block"
+    assert not covers("affine4", 1, 8192, 4100, 0)
     assert not covers("affine8", 2, 8192, 4096, 64) and not covers("float8", 1, 8192, 8192, 0), "no decoding"
-    for m, unit in ((2, 64), (4, 64), (5, 32), (8, 32)):
-        tile = few_rows_launch.tile_for(
-            torch.empty(m, 4096, dtype=torch.float16, device="meta"),
-            weight("affine3", 8192, 4096, 128, 1536),
-        )
-        assert tile is not None and tile.unit == unit, "wide units make two columns a row"
     assert not covers("codebook", 2, 4096, 4160, 64), (
-        "the last block has one group of two: scales beyond the row"
+        "the last slice has one group of two: scales beyond the row"
     )
     assert not covers("codebook", 2, 4096, 4096, 64, dtype=torch.float32)
     assert not covers("codebook", 2, 4096, 4096, 64, beside=4), (
@@ -67,36 +63,116 @@ def test_what_is_covered() -> None:
     assert covers("codebook", 2, 4096, 4096, 64, beside=8)
 
 
+@pytest.mark.usefixtures("ptx")
+@pytest.mark.parametrize("m", range(1, 9))
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_tiles_keep_to_what_the_kernel_takes(kind: Kind, m: int) -> None:
+    """As many columns as the tile's slices allow, and never more than an mma has."""
+    for n, k, group in (
+        (4096, 4096, 64),
+        (6144, 4096, 128),
+        (14336, 4096, 32),
+        (28672, 8192, 256),
+        (10240, 8192, 0),
+    ):
+        x = torch.empty(m, k, dtype=torch.bfloat16, device="meta")
+        tile = few_rows_launch.tile_for(x, weight(kind, n, k, group, k // 2))
+        if tile is None:
+            continue
+        columns = max(1, 4 * tile.unit // group) if group else 1
+        assert m * tile.slices * columns <= 8 and n * tile.slices % (16 * tile.tiles) == 0
+        assert tile.unit == 32 or kind == "affine3"
+
+
+@pytest.mark.usefixtures("ptx")
+def test_rows_of_codes_begin_at_aligned_addresses() -> None:
+    x = torch.empty(1, 4096, dtype=torch.float16, device="meta")
+    wide = torch.empty(8192, 2056, dtype=torch.uint8, device="meta")
+    narrow = LaunchWeight("affine4", 8192, 64, wide[:, :2048].contiguous(), torch.empty(0, device="meta"))
+    assert few_rows_launch.tile_for(x, narrow)
+    assert few_rows_launch.tile_for(x, narrow._replace(codes=wide[:, :2048])) is None
+
+
+def test_programs_take_turns_of_equal_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more programs than fit at a time, and no more turns than that needs."""
+    monkeypatch.setattr(few_rows_launch, "multiprocessors", lambda device: 132)
+    device = torch.device("cuda", 7)
+    few_rows_launch.programs.cache_clear()
+    assert few_rows_launch.programs(FewRowsConfig(4, 2, slices=4), 3584, device) == 3584
+    assert few_rows_launch.programs(FewRowsConfig(4, 2, slices=4, resident=4), 3584, device) == 512, (
+        "seven turns"
+    )
+    assert few_rows_launch.programs(FewRowsConfig(2, 4, 1, 64, 4, 8), 1792, device) == 896, (
+        "two turns, not 1.7"
+    )
+    assert few_rows_launch.programs(FewRowsConfig(4, 2, slices=4, resident=4), 100, device) == 100
+    few_rows_launch.programs.cache_clear()
+
+
 def test_only_with_ptx(monkeypatch: pytest.MonkeyPatch) -> None:
     for target in (("hip", 0), ("cuda", 75), ("interpreter", 0)):
         monkeypatch.setattr(launch, "target", lambda target=target: target)
         assert not covers("codebook", 2, 4096, 4096, 64)
 
 
-@pytest.mark.parametrize("chip", [80, 90, pytest.param(100, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", [*KINDS, "affine3 of all rows"])
-def test_compiled_loop(kind: str, chip: int) -> None:
-    """No barrier inside the loop, one product for each 8 codes of a thread, and lanes where the products want them."""
+def shipped() -> list[tuple[Kind, bool, FewRowsConfig]]:
+    """Every tile of the table, for groups of 64 and of 128, once."""
+    found = {
+        (kind, short, replace(tile, resident=0))
+        for (kind, short), rows in CONFIGS.items()
+        for _, several in rows
+        for tile in several
+        if not (kind == "codebook" and not short)
+    }
+    return sorted(found, key=str)
+
+
+FIRST = [
+    ("affine3", False, FewRowsConfig(2, 4, 1, 64, 4)),
+    ("affine3", False, FewRowsConfig(8, 2, 1, 64)),
+    ("affine4", False, FewRowsConfig(2, 4, slices=4)),
+    ("affine4", True, FewRowsConfig(8, 1, slices=2)),
+    ("codebook", True, FewRowsConfig(4, 4, slices=4)),
+    ("codebook", True, FewRowsConfig(8, 1)),
+]
+
+
+def test_the_table_has_these_tiles() -> None:
+    assert set(FIRST) <= set(shipped())
+
+
+@pytest.mark.parametrize(
+    ("kind", "short", "tile", "chip"),
+    [(*case, chip) for case in FIRST for chip in (80, 90)]
+    + [pytest.param(*case, 90, marks=pytest.mark.slow) for case in shipped() if case not in FIRST]
+    + [pytest.param(*case, 100, marks=pytest.mark.slow) for case in FIRST],
+)
+def test_compiled_loop(kind: Kind, short: bool, tile: FewRowsConfig, chip: int) -> None:
+    """One product for each 8 codes of a thread, lanes where the products want them, one barrier, where a tile ends."""
     from triton.backends.compiler import GPUTarget
 
+    from quantkit.kernels.aot import declared_shared
     from quantkit.kernels.few_rows import few_rows_kernel
 
-    kind, _, all_rows = kind.partition(" of ")  # the tile that takes eight rows in groups of 128
-    tile = few_rows_launch.tiles(kind, 8192)[-1 if all_rows else 0]
     constants = {
-        "KIND": KINDS[kind], "KS": tile.steps, "R": tile.tiles, "H": tile.blocks, "U": tile.unit,
-        "GROUP": 64, "EVEN_K": True, "HAS_BIAS": False, "ASM": True, "THREADS": 32 * tile.steps,
+        "KIND": KINDS[kind], "KS": tile.steps, "S": tile.slices, "R": tile.tiles, "H": tile.blocks, "U": tile.unit,
+        "GROUP": 64 if short else 128, "EVEN_K": True, "HAS_BIAS": False, "ASM": True, "THREADS": 32 * tile.steps,
     }  # fmt: skip
     types = dict.fromkeys(("x_ptr", "bias_ptr", "out_ptr"), "*bf16")
     types |= {"codes_ptr": "*u8", "scale_ptr": "*fp32", "zero_ptr": "*u8", "lut_ptr": "*fp32"}
     binary = compiled(
         few_rows_kernel, types, constants, GPUTarget("cuda", chip, 32), num_warps=tile.steps, num_stages=1
     )
-    body = longest_loop(binary.asm["ptx"])
+    ptx = binary.asm["ptx"]
+    body = longest_loop(ptx)
     each = tile.unit // 4 * tile.blocks
     sums = 0 if kind == "codebook" else each
     assert body.count("mma.sync.aligned.m16n8k16") == each * tile.tiles + sums
-    assert "bar.sync" not in body and "barrier" not in body
+    before, _, end = body.partition("quantkit_sums")
+    assert "bar.sync" not in before and "barrier" not in before, "nothing changes hands until a tile ends"
+    assert end.count("bar.sync") == 1 and "mma.sync" not in end
+    assert binary.metadata.shared == 0, "no exchange of the compiler's own"
+    assert declared_shared(ptx) <= 49152
     lanes = f"threadsPerWarp = [1, 8, 4], warpsPerCTA = [{tile.steps}, 1, 1], order = [2, 1, 0]"
     layouts = [line for line in binary.asm["ttgir"].splitlines() if line.startswith("#blocked = ")]
     assert len(layouts) == 1 and "sizePerThread = [1, 1, 1]" in layouts[0] and lanes in layouts[0]
