@@ -10,9 +10,9 @@ inputs alike for the second, and multiplies:
     3 bits           j = i + 16, of both words of low bits
 
 Affine codes come as q plus an offset, which is a power of two: the mantissa's bit that stands for 1 may be any, if the
-exponent says so. So two codes of three bits are masked out of a byte without a shift, with offsets 128 and 8
-(bfloat16), 1024 and 64 (float16). Another product takes the sums that offsets cost, with the offsets in its rows g
-and ones in its rows g + 8.
+exponent says so. So two codes of three bits are masked out of a byte without a shift between them, with offsets 128
+and 8. (Without any shift float16 would have 1024 and 64, and the sums lose three more bits.) Another product takes
+the sums that offsets cost, with the offsets in its rows g and ones in its rows g + 8.
 
 (The fragments' lanes: PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type".)
 """
@@ -125,9 +125,10 @@ def _three_bits(low: str, high: str, top: str, out: str, dtype: str) -> list[str
         if r != 2:
             lines.append(f"{'shl' if r < 2 else 'shr'}.b32 h, {top}, {abs(2 - r)};")
             h = "h"
-        lines.append(f"lop3.b32 m, {t}, {h}, 0x33333333, 0xe4; shr.b32 v, m, 8;")
+        up = _THREE_AT[dtype][0]
+        lines.append(f"lop3.b32 m, {t}, {h}, 0x33333333, 0xe4; shr.b32 v, m, {8 - up}; shl.b32 m, m, {up};")
         for j, source in ((r, "m"), (4 + r, "m"), (8 + r, "v"), (12 + r, "v")):
-            at = _THREE_AT[j // 4]
+            at = _THREE_AT[dtype][j // 4]
             lines.append(
                 f"lop3.b32 {out}{j}, {source}, 0x{0x70007 << at:08x}, 0x{_offset(at, dtype):08x}, 0xea;"
             )
@@ -135,7 +136,7 @@ def _three_bits(low: str, high: str, top: str, out: str, dtype: str) -> list[str
 
 
 #: Bit of a half at which three-bit codes j, by j // 4, are masked out.
-_THREE_AT = (0, 4, 0, 4)
+_THREE_AT = {"bf16": (0, 4, 0, 4), "f16": (3, 7, 3, 7)}
 
 
 def _table(word: str, out: str) -> list[str]:
@@ -187,7 +188,7 @@ def _products_asm(kind: int, dtype: str, sums: bool) -> str:
         lines.append(" ".join(f"mov.f32 s{i}, {old[4 + i]};" for i in range(4)))
         for i in range(0, count, 2):
             for e in range(2):
-                offset = _offset(_THREE_AT[(i + e) // 4] if kind == 2 else _FOUR_AT[dtype], dtype)
+                offset = _offset(_THREE_AT[dtype][(i + e) // 4] if kind == 2 else _FOUR_AT[dtype], dtype)
                 lines.append(f"mov.b32 o{e}, 0x{offset:08x};")
             lines.append(f"{mma} {{s0,s1,s2,s3}}, {{o0,one,o1,one}}, {{b{i},b{i + 1}}}, {{s0,s1,s2,s3}};")
         lines.append(" ".join(f"mov.f32 ${4 + i}, s{i};" for i in range(4)))

@@ -115,11 +115,10 @@ def tile_for(x: Tensor, weight: LaunchWeight) -> FewRowsConfig | None:
     return _tile(kind, m, weight.n, k, weight.group) if aligned and x.stride(1) == 1 else None
 
 
-@cache
 def programs(tile: FewRowsConfig, count: int, device: torch.device) -> int:
-    """How many programs share `count` tiles: all of `resident`, or as few as need no more turns than those."""
-    most = tile.resident * multiprocessors(device)
-    return launch.cdiv(count, launch.cdiv(count, most)) if most else count
+    """How many programs share `count` tiles."""
+    most = tile.resident * multiprocessors(device) if tile.resident else 0
+    return min(count, most) if most else count
 
 
 def launch_few_rows(
