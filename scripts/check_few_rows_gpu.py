@@ -25,10 +25,10 @@ from quantkit.kernels.few_rows_launch import COLUMNS, CONFIGS, FewRowsConfig, la
 FORMS = ("nf4", "affine-4g128", "hqq-4g64", "affine-4g32", "affine-3g128", "hqq-3g64", "affine-3g1792")
 SHAPE = (64, 1792)
 #: Rounding of the result, relative.
-ROUNDING = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
-#: Rounding of the sums, relative to the sum of the terms' magnitudes: float32's, times what an offset of 128 adds to
-#: codes (most of which are at least 1 from their zero point).
-SUMS = 2.0**-24 * 128
+ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+#: Rounding of the sums, relative to the sum of the terms' magnitudes: of float32 (tensor cores cut off, they do not
+#: round), times what an offset of 128 adds to codes, most of which are at least 1 from their zero point.
+SUMS = 2.0**-23 * 128
 
 
 def tiles(form: str) -> list[FewRowsConfig]:
