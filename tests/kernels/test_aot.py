@@ -15,7 +15,7 @@ from quantkit.encoding import Affine, Codebook, Float8
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.kernels import aot
 
-ONE = aot.Request((Affine(4, 128),), (torch.float16,), ((256, 512),), (2,), backward=False)
+ONE = aot.Request((Affine(4, 128),), (torch.float16,), ((256, 512),), (8,), backward=False)
 #: The targets that issue 3 names.
 TARGETS = ["sm_75", "sm_80", "sm_89", "sm_90", "sm_100", "gfx90a", "gfx942", "gfx1100"]
 
@@ -74,15 +74,17 @@ def test_build_writes_binaries_and_a_manifest(target: str, magic: bytes, tmp_pat
 
 @pytest.mark.parametrize("rows", [1, 8])
 def test_static_shared_memory_counts(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NF4's table, which Triton does not know of: as the binary itself says, and held to the chip's limit."""
+    """NF4's table (32 KB) and, for a row, sums of warps, which Triton does not know of: as the binary itself says, and
+    held to the chip's limit."""
     from quantkit.export import elf
 
     request = aot.Request((Codebook(4, 64),), (torch.bfloat16,), ((4096, 4096),), (rows,), backward=False)
     (record,) = aot.collect(request, aot.parse_target("sm_90"))
     built = aot.compile_record(record, "sm_90")
+    assert built.entry["grid"] == ("(tiles,)" if rows == 1 else "(ceil(N / BN), SPLIT, ceil(M / BM))")
     # The binary's number has a kilobyte more, which the driver keeps of every block and the limit leaves out.
     in_binary = elf.static_shared(built.binary, built.entry["symbol"]) - 1024
-    assert built.entry["static_shared"] == in_binary == 32768
+    assert built.entry["static_shared"] == in_binary == (32768 + 4096 if rows == 1 else 32768)
     monkeypatch.setitem(aot.SHARED_LIMIT, "sm_90", 32768)
     with pytest.raises(QuantkitError, match="bytes of shared memory, sm_90 has 32768"):
         aot.compile_record(record, "sm_90")
@@ -137,7 +139,7 @@ def test_unknown_targets_are_refused() -> None:
 def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "built"
     build = ["kernels", "build", "-t", "sm_80", "-o", str(out), "-e", "affine-4g128", "--dtype", "float16"]
-    build += ["--shape", "256x512", "--rows", "2", "--no-backward"]
+    build += ["--shape", "256x512", "--rows", "8", "--no-backward"]
     assert run(build) == 0
     assert "1 binaries for sm_80" in capsys.readouterr().out
     assert run(build) == 5, "not emptied without being asked"
