@@ -63,6 +63,7 @@ def _step(
     zeros,
     k,
     K,
+    more,
     slice,
     t,
     row_bytes,
@@ -79,7 +80,7 @@ def _step(
     ASM: tl.constexpr,
 ):
     """Of H blocks, a thread's slices in them beginning at `k + slice`, and the rows g // S + i * 8 / S, i < 2 R:
-    units, scales and zero points."""
+    units, scales and zero points; anything where `more` is 0."""
     ws = ()
     ss = ()
     zs = ()
@@ -94,16 +95,16 @@ def _step(
             here = row + far * row_bytes
             if KIND == AFFINE3:
                 ws = ws + (
-                    words(here + at // 4, U // 16, False, ASM)
-                    + words(here + high_offset + at // 8, U // 32, False, ASM),
+                    words(here + at // 4, more, U // 16, ASM)
+                    + words(here + high_offset + at // 8, more, U // 32, ASM),
                 )
             else:
-                ws = ws + (words(here + at // 2, 4, False, ASM),)
+                ws = ws + (words(here + at // 2, more, 4, ASM),)
             if h == 0 or (GROUP > 0 and GROUP % (4 * U * S * H) != 0):
                 group = first * 0 if GROUP == 0 else first // GROUP + (2 * t) % NC
-                ss = ss + (numbers(scales + (far * groups + group), NC > 1, ASM),)
+                ss = ss + (numbers(scales + (far * groups + group), more, NC > 1, ASM),)
                 if KIND != CODEBOOK:
-                    zs = zs + (numbers(zeros + (far * groups + group), NC > 1, ASM),)
+                    zs = zs + (numbers(zeros + (far * groups + group), more, NC > 1, ASM),)
             else:
                 ss = ss + (ss[i],)
                 if KIND != CODEBOOK:
@@ -162,8 +163,6 @@ def few_rows_kernel(
     unit = ks * WARP + g // NC % S * (4 * U) + t * U
     x_row = x_ptr.to(tl.int64) + m.to(tl.int64) * x_stride * 2 + unit * 2
     mine = ((t // (4 // NC)) == g % NC).to(tl.int32) + whole
-    if KIND == CODEBOOK:
-        fill_table(lut_ptr, THREADS, DTYPE, ASM)
     if ASM and KS > 1:
         COUNT: tl.constexpr = 4 * R if S * NC == 1 else 2 * R
         buffer: tl.constexpr = SUMS_BUFFER[slot(KS, COUNT)]
@@ -177,21 +176,23 @@ def few_rows_kernel(
     k = 0
     half = 0
     ws, ss, zs = _step(
-        row + first * row_bytes, scales + first * groups, zeros + first * groups, k, K, slice, t, row_bytes,
+        row + first * row_bytes, scales + first * groups, zeros + first * groups, k, K, whole + 1, slice, t, row_bytes,
         high_offset, groups, KIND, S, R, H, U, GROUP, NC, EVEN_K, ASM,
     )  # fmt: skip
+    if KIND == CODEBOOK:  # while the first codes are on their way
+        fill_table(lut_ptr, THREADS, DTYPE, ASM)
     accs = ()
     for _ in tl.static_range(4 * R):
         accs = accs + (zero,)
     for _ in tl.range(0, count, num_stages=1):
-        # In the last step its own codes once more, which are not used.
         last = k + STEP >= K
         next_k = tl.where(last, 0, k + STEP)
-        next_tile = tl.minimum(tl.where(last, tile + tl.num_programs(0), tile), tiles - 1)
+        next_tile = tl.where(last, tile + tl.num_programs(0), tile)
+        more = (next_tile < tiles).to(tl.int32) + whole
         first = next_tile.to(tl.int64) * (2 * ROWS * R)
         next_ws, next_ss, next_zs = _step(
-            row + first * row_bytes, scales + first * groups, zeros + first * groups, next_k, K, slice, t, row_bytes,
-            high_offset, groups, KIND, S, R, H, U, GROUP, NC, EVEN_K, ASM,
+            row + first * row_bytes, scales + first * groups, zeros + first * groups, next_k, K, more, slice, t,
+            row_bytes, high_offset, groups, KIND, S, R, H, U, GROUP, NC, EVEN_K, ASM,
         )  # fmt: skip
         for h in tl.static_range(H):
             wanted = mine if EVEN_K else tl.where(k + unit + 4 * U * S * h < K, mine, 0)

@@ -1,4 +1,4 @@
-"""PTX of `few_rows_kernel`: conditional loads, pairs of scales, and decoding with the matrix products that take it.
+"""PTX of `few_rows_kernel`: decoding with the matrix products that take it, and the sums at a tile's end.
 
 One asm takes a word of eight codes (three bits: 32 codes, two words of low bits and one of top bits) of the
 rows g and g + 8, makes the registers of `mma.m16n8k16`'s first operand of them, two codes to a register, pairs the
@@ -22,12 +22,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-#: Four words at $4 if $5 is not zero, else zeros.
-LOAD_X_IF = tl.constexpr(
-    "{ .reg .pred p; .reg .b32 a, b, c, d; setp.ne.b32 p, $5, 0; mov.b32 a, 0; mov.b32 b, 0; mov.b32 c, 0;"
-    " mov.b32 d, 0; @p ld.global.nc.v4.b32 {a,b,c,d}, [$4]; mov.b32 $0, a; mov.b32 $1, b; mov.b32 $2, c;"
-    " mov.b32 $3, d; }"
-)
 #: $1 plus what the lane at a distance of 1, 2, 4, 8 and 16 (exclusive or) has.
 ADD_ACROSS = tl.constexpr(
     tuple(
@@ -74,11 +68,6 @@ EXCHANGE_CON = tl.constexpr(tuple(",".join(["=&f"] * c + ["f"] * c + ["r"]) for 
 def slot(warps: int, count: int) -> int:
     """Where the three above have what is for so many warps and numbers."""
     return 4 * (warps.bit_length() - 1) + count.bit_length() - 2  # the logarithms
-
-
-LOAD_F32_PAIR = tl.constexpr("ld.global.nc.v2.b32 {$0,$1}, [$2];")
-LOAD_16_PAIR = tl.constexpr("{ .reg .b32 w; ld.global.nc.b32 w, [$2]; mov.b32 {$0,$1}, w; }")
-LOAD_8_PAIR = tl.constexpr("{ .reg .b16 w; ld.global.nc.u16 w, [$2]; and.b16 $0, w, 255; shr.u16 $1, w, 8; }")
 
 
 def _four_bits(word: str, out: str, dtype: str) -> list[str]:

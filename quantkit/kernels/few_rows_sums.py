@@ -107,7 +107,7 @@ def store_sums(
         n = tile * (2 * ROWS * R) + n
         y = ys[i]
         if HAS_BIAS:
-            y += number(bias_ptr + (n + 0 * t + 0 * ks), ASM)
+            y += number(bias_ptr + (n + 0 * t + 0 * ks), keep.to(tl.int32), ASM)
         at = out_ptr + (m.to(tl.int64) * N + n + 0 * ks)
         if ASM:
             tl.inline_asm_elementwise(
