@@ -141,7 +141,8 @@ def few_rows_kernel(
     ASM: tl.constexpr,
     THREADS: tl.constexpr,
 ):
-    """Grid: (tiles,). Fewer programs share them. A tile is 16 / S * R rows of W. M * S * NC is at most 8, NC at most 4; S is a power of two; U divides K; GROUP is 0 (one group per row), a multiple of 4 U or its half or quarter.
+    """Grid: (tiles,). Fewer programs share them. A tile is 16 / S * R rows of W. M * S * NC is at most 8, NC at most 4;
+    S is a power of two; U divides K; GROUP is 0 (one group per row), a multiple of 4 U or its half or quarter.
     Addresses of x and of rows are multiples of 16, of rows of scales of NC of them. EVEN_K: KS * 4 U * S * H
     divides K."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty

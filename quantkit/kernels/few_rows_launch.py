@@ -37,44 +37,58 @@ class FewRowsConfig:
 _T = FewRowsConfig
 _WIDEST = 1 << 31
 #: (kind, are groups shorter than 128) -> (largest N, tiles), of which the first that fits x and the groups is taken:
-#: for one row of x, for two, for more. By measurement (docs/benchmarks/kernels-h100.md).
+#: for one row of x, for two, for three and four, for more. By measurement (docs/benchmarks/kernels-h100.md).
 CONFIGS: dict[tuple[Kind, bool], list[tuple[int, list[FewRowsConfig]]]] = {
     ("codebook", True): [
         (4096, [_T(4, 2, slices=4), _T(8, 2, slices=2), _T(8, 1)]),
-        (6144, [_T(4, 4, slices=4), _T(4, 2, slices=2), _T(4, 1)]),
+        (6144, [_T(4, 2, slices=2), _T(4, 1)]),
         (8192, [_T(4, 2, slices=4, resident=4), _T(4, 2, slices=2), _T(8, 2)]),
-        (12288, [_T(4, 2, slices=4, resident=4), _T(4, 4, slices=2), _T(4, 1)]),
+        (12288, [_T(4, 2, slices=4, resident=4), _T(8, 1, slices=2, resident=2), _T(4, 2)]),
         (16384, [_T(4, 2, slices=4, resident=4), _T(4, 2, slices=2, resident=4), _T(4, 2)]),
-        (_WIDEST, [_T(4, 2, slices=4, resident=4), _T(4, 2, slices=2, resident=4), _T(8, 2, resident=3)]),
+        (_WIDEST, [_T(4, 2, slices=4, resident=4), _T(4, 2, slices=2, resident=4), _T(8, 2)]),
     ],
     ("affine4", True): [
-        # More rows of narrow weights: `affine_gemm` is as fast.
-        (4096, [_T(4, 2, slices=4), _T(8, 1, slices=2)]),
-        (6144, [_T(4, 2, slices=4), _T(8, 2, slices=2)]),
+        (4096, [_T(4, 2, slices=4), _T(8, 2, slices=2), _T(8, 1)]),
+        (6144, [_T(2, 2, slices=4), _T(4, 2, slices=2), _T(8, 2)]),
         (8192, [_T(4, 2, slices=4, resident=4), _T(4, 2, slices=2), _T(8, 2)]),
-        (12288, [_T(2, 2, slices=4), _T(4, 2, slices=2), _T(4, 1, 2)]),
-        (16384, [_T(4, 2, slices=4, resident=6), _T(8, 2, slices=2, resident=3), _T(8, 2, resident=2)]),
-        (_WIDEST, [_T(4, 2, slices=4, resident=6), _T(4, 2, slices=2, resident=6), _T(8, 2, resident=2)]),
+        (12288, [_T(4, 2, slices=4, resident=4), _T(2, 2, slices=2), _T(4, 1)]),
+        (16384, [_T(4, 2, slices=4, resident=4), _T(2, 2, slices=2), _T(4, 2)]),
+        (_WIDEST, [_T(4, 2, slices=4, resident=4), _T(8, 2, slices=2, resident=2), _T(4, 2)]),
     ],
-    ("affine4", False): [  # five and more rows: `affine_gemm` is as fast
-        (4096, [_T(4, 1, slices=4), _T(8, 1, slices=2)]),
-        (6144, [_T(4, 4, slices=4), _T(8, 2, slices=2)]),
-        (8192, [_T(4, 4, slices=4), _T(4, 2, slices=2)]),
-        (12288, [_T(2, 2, slices=4), _T(4, 2, slices=2)]),
-        (16384, [_T(2, 4, slices=4), _T(8, 2, slices=2, resident=3)]),
-        (_WIDEST, [_T(2, 4, slices=4), _T(2, 4, slices=2)]),
+    ("affine4", False): [
+        (4096, [_T(2, 2, slices=8), _T(4, 2, slices=4), _T(8, 2, slices=2), _T(8, 1)]),
+        (6144, [_T(2, 2, slices=4), _T(4, 2, slices=2), _T(8, 2)]),
+        (8192, [_T(2, 2, slices=4), _T(4, 2, slices=2), _T(8, 2)]),
+        (
+            12288,
+            [_T(2, 2, slices=8, resident=8), _T(4, 2, slices=4, resident=4), _T(2, 2, slices=2), _T(4, 2)],
+        ),
+        (
+            16384,
+            [_T(2, 2, slices=8, resident=8), _T(4, 2, slices=4, resident=4), _T(2, 2, slices=2), _T(4, 2)],
+        ),
+        (
+            _WIDEST,
+            [_T(2, 2, slices=8, resident=8), _T(4, 2, slices=4, resident=4), _T(2, 2, slices=2), _T(4, 2)],
+        ),
     ],
     ("affine3", False): [
-        (4096, [_T(4, 2, unit=64, slices=4), _T(4, 2, slices=4), _T(8, 2, slices=2), _T(8, 1, 2)]),
-        (6144, [_T(2, 4, slices=8), _T(4, 2, 1, 64, 2), _T(8, 2, 1, 64), _T(4, 2, 2)]),
-        (8192, [_T(2, 4, slices=8), _T(4, 2, 1, 64, 2), _T(8, 2, 1, 64), _T(4, 2, 2)]),
-        (12288, [_T(2, 4, slices=8), _T(2, 4, slices=4), _T(4, 2, slices=2), _T(4, 2, 2)]),
-        (16384, [_T(2, 4, slices=8), _T(2, 4, slices=4), _T(2, 4, slices=2), _T(4, 2, 2)]),
-        (_WIDEST, [_T(2, 4, 1, 64, 4, 8), _T(2, 4, slices=4), _T(2, 4, slices=2), _T(4, 2, 2)]),
+        (4096, [_T(2, 2, slices=8), _T(4, 2, slices=4), _T(8, 2, slices=2), _T(8, 1)]),
+        (6144, [_T(2, 2, slices=4), _T(4, 2, slices=2), _T(8, 2)]),
+        (8192, [_T(2, 2, 1, 64, 4), _T(2, 2, slices=4), _T(4, 2, slices=2), _T(8, 2)]),
+        (
+            12288,
+            [_T(2, 2, slices=8, resident=8), _T(4, 2, slices=4, resident=4), _T(2, 2, slices=2), _T(4, 2)],
+        ),
+        (16384, [_T(2, 2, slices=4), _T(4, 2, slices=2), _T(4, 2)]),
+        (_WIDEST, [_T(2, 4, 1, 64, 4, 8), _T(2, 2, slices=4), _T(2, 2, slices=2), _T(4, 2)]),
     ],
 }
 CONFIGS["codebook", False] = CONFIGS["codebook", True]
 CONFIGS["affine3", True] = CONFIGS["affine3", False]
+#: Registers of a thread for tiles of up to 32 rows of W: four warps a scheduler. Said to the compiler it also orders
+#: instructions for so many, which is faster by itself; larger tiles would spill.
+REGISTERS = 128
 #: Columns of an mma: rows of x times slices times the groups of a slice.
 COLUMNS = 8
 _HALVES = (torch.float16, torch.bfloat16)
@@ -103,8 +117,8 @@ def _tile(kind: Kind, m: int, n: int, k: int, group: int) -> FewRowsConfig | Non
 def tile_for(x: Tensor, weight: LaunchWeight) -> FewRowsConfig | None:
     """The tile with which the kernel multiplies `x [M, K]`, or None: it does not cover this product.
 
-    It covers one to eight rows (at most four in groups of half a slice, two of a quarter; four bits in longer
-    groups: at most four); float16 or bfloat16 at aligned addresses, on NVIDIA; weights as `_tile` says.
+    It covers one to eight rows (at most four in groups of half a slice, two of a quarter); float16 or bfloat16 at
+    aligned addresses, on NVIDIA; weights as `_tile` says.
     """
     (m, k), kind, codes = x.shape, weight.kind, weight.codes
     if m > COLUMNS or kind not in KINDS or x.dtype not in _HALVES or not launch.has_ptx():
@@ -169,6 +183,7 @@ def launch_few_rows(
         THREADS=32 * tile.steps,
         num_warps=tile.steps,
         num_stages=1,
+        maxnreg=REGISTERS if tile.tiles <= 2 else None,
     )
     return out
 
