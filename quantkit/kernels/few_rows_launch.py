@@ -55,22 +55,14 @@ CONFIGS: dict[tuple[Kind, bool], list[tuple[int, list[FewRowsConfig]]]] = {
         (16384, [_T(4, 2, slices=4, resident=4), _T(2, 2, slices=2), _T(4, 2)]),
         (_WIDEST, [_T(4, 2, slices=4, resident=4), _T(8, 2, slices=2, resident=2), _T(4, 2)]),
     ],
-    ("affine4", False): [
-        (4096, [_T(2, 2, slices=8), _T(4, 2, slices=4), _T(8, 2, slices=2), _T(8, 1)]),
-        (6144, [_T(2, 2, slices=4), _T(4, 2, slices=2), _T(8, 2)]),
-        (8192, [_T(2, 2, slices=4), _T(4, 2, slices=2), _T(8, 2)]),
-        (
-            12288,
-            [_T(2, 2, slices=8, resident=8), _T(4, 2, slices=4, resident=4), _T(2, 2, slices=2), _T(4, 2)],
-        ),
+    ("affine4", False): [  # five and more rows: `affine_gemm` is as fast or faster but for 8193 to 16384
+        (4096, [_T(2, 2, slices=8), _T(4, 2, slices=4), _T(8, 2, slices=2)]),
+        (8192, [_T(2, 2, slices=4), _T(4, 2, slices=2)]),
         (
             16384,
             [_T(2, 2, slices=8, resident=8), _T(4, 2, slices=4, resident=4), _T(2, 2, slices=2), _T(4, 2)],
         ),
-        (
-            _WIDEST,
-            [_T(2, 2, slices=8, resident=8), _T(4, 2, slices=4, resident=4), _T(2, 2, slices=2), _T(4, 2)],
-        ),
+        (_WIDEST, [_T(2, 2, slices=8, resident=8), _T(4, 2, slices=4, resident=4), _T(2, 2, slices=2)]),
     ],
     ("affine3", False): [
         (4096, [_T(2, 2, slices=8), _T(4, 2, slices=4), _T(8, 2, slices=2), _T(8, 1)]),
@@ -117,8 +109,8 @@ def _tile(kind: Kind, m: int, n: int, k: int, group: int) -> FewRowsConfig | Non
 def tile_for(x: Tensor, weight: LaunchWeight) -> FewRowsConfig | None:
     """The tile with which the kernel multiplies `x [M, K]`, or None: it does not cover this product.
 
-    It covers one to eight rows (at most four in groups of half a slice, two of a quarter); float16 or bfloat16 at
-    aligned addresses, on NVIDIA; weights as `_tile` says.
+    It covers one to eight rows (at most four in groups of half a slice, two of a quarter, and of four bits in longer
+    groups where `CONFIGS` says so); float16 or bfloat16 at aligned addresses, on NVIDIA; weights as `_tile` says.
     """
     (m, k), kind, codes = x.shape, weight.kind, weight.codes
     if m > COLUMNS or kind not in KINDS or x.dtype not in _HALVES or not launch.has_ptx():

@@ -41,7 +41,8 @@ def test_what_is_covered() -> None:
         assert covers("affine4", m, 4096, 14336, 128) and covers("affine4", m, 8192, 4096, 0)
     assert covers("affine3", 8, 4096, 14336, 128) and covers("affine3", 8, 4096, 4096, 0)
     assert covers("affine4", 2, 8192, 4096, 32) and covers("affine4", 1, 4096, 4096, 64)
-    assert covers("affine4", 8, 8192, 4096, 128) and not covers("affine4", 5, 8192, 4096, 64)
+    assert covers("affine4", 8, 14336, 4096, 128) and not covers("affine4", 5, 14336, 4096, 64)
+    assert not covers("affine4", 5, 8192, 4096, 128), "as fast through affine_gemm"
     assert not covers("affine4", 3, 8192, 4096, 32), "four groups in a slice leave columns for two rows"
     assert not covers("codebook", 5, 4096, 4096, 64)
     assert not covers("affine3", 9, 4096, 4096, 128)
