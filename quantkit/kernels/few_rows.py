@@ -41,10 +41,10 @@ import triton
 import triton.language as tl
 
 from quantkit.kernels.codebook_lookup import fill_table
-from quantkit.kernels.few_rows_asm import SUMS_BUFFER, slot
+from quantkit.kernels.few_rows_asm import SUMS_BUFFER
 from quantkit.kernels.few_rows_loads import AFFINE3, CODEBOOK, inputs, numbers, words
 from quantkit.kernels.few_rows_products import products
-from quantkit.kernels.few_rows_sums import store_sums
+from quantkit.kernels.few_rows_sums import slot, store_sums
 
 
 @triton.jit

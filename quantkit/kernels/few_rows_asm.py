@@ -19,7 +19,6 @@ the sums that offsets cost, with the offsets in its rows g and ones in its rows 
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
 #: $1 plus what the lane at a distance of 1, 2, 4, 8 and 16 (exclusive or) has.
@@ -54,7 +53,7 @@ def _exchange_asm(warps: int, count: int) -> str:
 
 
 _WARPS, _COUNTS = (1, 2, 4, 8), (2, 4, 8, 16)
-#: At `slot(warps, count)`: PTX at a kernel's begin, PTX of the exchange. At `slot(1, count)`: constraints of that.
+#: At `few_rows_sums.slot(warps, count)`: PTX at a kernel's begin, PTX of the exchange. At `slot(1, count)`: constraints of that.
 SUMS_BUFFER = tl.constexpr(
     tuple(
         f".shared .align 16 .b32 quantkit_sums[{64 * w * c}]; mov.u32 $0, 0;" for w in _WARPS for c in _COUNTS
@@ -62,12 +61,6 @@ SUMS_BUFFER = tl.constexpr(
 )
 EXCHANGE = tl.constexpr(tuple(_exchange_asm(w, c) for w in _WARPS for c in _COUNTS))
 EXCHANGE_CON = tl.constexpr(tuple(",".join(["=&f"] * c + ["f"] * c + ["r"]) for c in _COUNTS))
-
-
-@triton.constexpr_function
-def slot(warps: int, count: int) -> int:
-    """Where the three above have what is for so many warps and numbers."""
-    return 4 * (warps.bit_length() - 1) + count.bit_length() - 2  # the logarithms
 
 
 def _four_bits(word: str, out: str, dtype: str) -> list[str]:
@@ -155,11 +148,11 @@ def _products_asm(kind: int, dtype: str, sums: bool) -> str:
     for row, out in ((0, "p"), (1, "q")):
         mine = codes[row * words : (row + 1) * words]
         if kind == 2:
-            lines += _three_bits(*mine, out, dtype)
+            lines += _three_bits(mine[0], mine[1], mine[2], out, dtype)
         elif kind == 1:
-            lines += _four_bits(*mine, out, dtype)
+            lines += _four_bits(mine[0], out, dtype)
         else:
-            lines += _table(*mine, out)
+            lines += _table(mine[0], out)
     for i in range(count // 2):
         if kind == 0:
             lines.append(f"mov.b32 b{2 * i}, {x[2 * i]}; mov.b32 b{2 * i + 1}, {x[2 * i + 1]};")

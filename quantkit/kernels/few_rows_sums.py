@@ -6,14 +6,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quantkit.kernels.few_rows_asm import (
-    ADD_ACROSS,
-    EXCHANGE,
-    EXCHANGE_CON,
-    STORE_IF,
-    slot,
-)
+from quantkit.kernels.few_rows_asm import ADD_ACROSS, EXCHANGE, EXCHANGE_CON, STORE_IF
 from quantkit.kernels.few_rows_loads import number
+
+
+@triton.constexpr_function
+def slot(warps: int, count: int) -> int:
+    """Where the texts of `few_rows_asm` have what is for so many warps and numbers."""
+    return 4 * (warps.bit_length() - 1) + count.bit_length() - 2  # the logarithms
 
 
 @triton.jit
