@@ -53,7 +53,7 @@ def _exchange_asm(warps: int, count: int) -> str:
 
 
 _WARPS, _COUNTS = (1, 2, 4, 8), (2, 4, 8, 16)
-#: At `few_rows_sums.slot(warps, count)`: PTX at a kernel's begin, PTX of the exchange. At `slot(1, count)`: constraints of that.
+#: By `few_rows_sums.slot`: PTX at a kernel's begin, and of the exchange for so many warps and numbers; its constraints.
 SUMS_BUFFER = tl.constexpr(
     tuple(
         f".shared .align 16 .b32 quantkit_sums[{64 * w * c}]; mov.u32 $0, 0;" for w in _WARPS for c in _COUNTS
@@ -64,7 +64,7 @@ EXCHANGE_CON = tl.constexpr(tuple(",".join(["=&f"] * c + ["f"] * c + ["r"]) for 
 
 
 def _four_bits(word: str, out: str, dtype: str) -> list[str]:
-    """Codes i and i + 4 of `word` in the halves of `out`i, i < 4, as q + the offset."""
+    """Codes i and i + 4 of `word` in the halves of `out`i, i < 4, as q + the offset for `_FOUR_AT`."""
     lines = []
     at = _FOUR_AT[dtype]
     for i in range(4):
@@ -89,7 +89,7 @@ def _offset(at: int, dtype: str) -> int:
 
 def _three_bits(low: str, high: str, top: str, out: str, dtype: str) -> list[str]:
     """Codes j and j + 16 of the words `low` and `high` (16 codes' low bits each) and `top` (32 codes' top bits) in
-    the halves of `out`j, j < 16, as q + the offset of `_three_offset`.
+    the halves of `out`j, j < 16, as q + the offset that `_offset` has for the bit of `_THREE_AT`.
 
     Byte k of m is a nibble for code 8 k + r and one for 8 k + 4 + r: both top bits are where one shift brings them.
     """
