@@ -123,14 +123,11 @@ def few_rows_cases() -> Iterator[tuple[str, float]]:
     """
     device = torch.device("cpu")
     tile = few_rows_launch.FewRowsConfig
-    plain = (((16, 512), tile(4, 1)), ((32, 1408), tile(2, 2)), ((16, 1408), tile(4, 1, 2)))
-    wide = (
-        ((16, 1408), tile(2, 1, 1, 64)),
-        ((32, 512), tile(2, 2, 1, 64)),
-        ((16, 1792), tile(2, 1, 1, 64, 4)),
-    )
-    two = (((16, 1408), tile(2, 1, slices=2)),)
-    four = (((24, 1408), tile(1, 1, 2, slices=4)), ((16, 512), tile(2, 2, slices=4)))
+    plain = (((16, 512), tile(4, 1)), ((32, 704), tile(2, 2)), ((16, 704), tile(4, 1, 2)))
+    longer = (((32, 640), tile(2, 2)), ((16, 640), tile(4, 1, 2)))
+    wide = (((16, 768), tile(2, 1, 1, 64)), ((32, 512), tile(2, 2, 1, 64)), ((16, 768), tile(2, 1, 1, 64, 4)))
+    two = (((16, 704), tile(2, 1, slices=2)),)
+    four = (((24, 704), tile(1, 1, 2, slices=4)), ((16, 512), tile(2, 2, slices=4)))
     eight = (((16, 1408), tile(2, 2, slices=8)), ((6, 1408), tile(1, 1, 1, 64, slices=8)))
     for form, counts, cells in (
         ("nf4", (1, 4), plain),
@@ -138,16 +135,16 @@ def few_rows_cases() -> Iterator[tuple[str, float]]:
         ("nf4", (1,), four),
         ("affine-4g32", (1, 2), plain[:2]),
         ("affine-4g32", (1,), two),
-        ("affine-4g128", (1, 8), plain[1:]),
+        ("affine-4g128", (1, 8), longer),
         ("affine-4g128", (1,), eight[:1]),
-        ("affine-4g1408", (5,), plain[2:]),
+        ("affine-4g704", (5,), plain[2:]),
         ("hqq-4g64", (3,), plain[:1]),
         ("hqq-4g64", (1,), four),
         ("affine-3g64", (2,), plain[:1] + wide[1:2]),
-        ("affine-3g128", (1, 4), plain[1:2] + wide[:2]),
+        ("affine-3g128", (1, 4), longer[:1] + wide[:2]),
         ("affine-3g128", (1,), wide[2:] + eight[:1]),
         ("affine-3g1408", (1,), eight[1:]),
-        ("affine-3g1408", (8,), plain[1:2]),
+        ("affine-3g704", (8,), plain[1:2]),
         ("hqq-3g64", (4,), plain[:1]),
     ):
         for (n, k), config in cells:
