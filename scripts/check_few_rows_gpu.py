@@ -38,15 +38,8 @@ def tiles(form: str) -> list[FewRowsConfig]:
     found = set()
     for (of, _), rows in CONFIGS.items():
         for tile in (t for _, several in rows for t in several if of == kind):
-            inputs = 4 * tile.unit
-            columns = inputs // group if 0 < group < inputs else 1
-            fits = columns * group == inputs or group % inputs == 0
-            if (
-                fits
-                and columns <= 4
-                and columns * tile.slices <= COLUMNS
-                and SHAPE[1] // (group or 1) % columns == 0
-            ):
+            columns = tile.columns(group)
+            if columns and columns * tile.slices <= COLUMNS and SHAPE[1] // (group or 1) % columns == 0:
                 found.add(replace(tile, resident=0))
     return sorted(found, key=str)
 
@@ -59,14 +52,13 @@ def rounded(packed: PackedWeight, dtype: torch.dtype) -> PackedWeight:
 def check(job: tuple[str, FewRowsConfig, torch.dtype]) -> tuple[float, int, list[str]]:
     """The worst error as a share of the allowed one, how many products, and what is wrong."""
     form, tile, dtype = job
-    torch.manual_seed(hash((form, str(tile), str(dtype))) % 2**31)
+    torch.seed()
     device = torch.device("cuda")
     worst, count, wrong = 0.0, 0, []
     try:
         packed = random_weight(form, *SHAPE, device)
         weight, exact = launch_weight.of(packed), dequantize(rounded(packed, dtype), torch.float64).T
-        columns = max(1, 4 * tile.unit // weight.group) if weight.group else 1
-        for m in range(1, COLUMNS // (columns * tile.slices) + 1):
+        for m in range(1, COLUMNS // ((tile.columns(weight.group) or 1) * tile.slices) + 1):
             for spread in (False, True):
                 x = torch.randn(m, SHAPE[1] + 8, device=device)[:, : SHAPE[1]]
                 if spread:

@@ -17,7 +17,7 @@ elsewhere: NC = 4 U / GROUP columns a slice, so that each part has one scale; S 
 a row's slice with a column of another slice means nothing and is dropped at the end: for one row of x, the columns
 would be idle otherwise, and a warp now reads few rows of W in long runs instead of 16 in short ones.
 
-    one step of the program, K advances by KS * H blocks, KS warps side by side:
+    one step of the program, K advances by KS blocks, KS warps side by side:
         next  = codes, scales and zero points of the next step, asked for before this one's are used
         acc  += part * scale                                                             codebook
         acc  += (part - sum of offset * x - zero * sum of x) * scale, over the column    affine
@@ -72,43 +72,36 @@ def _step(
     KIND: tl.constexpr,
     S: tl.constexpr,
     R: tl.constexpr,
-    H: tl.constexpr,
     U: tl.constexpr,
     GROUP: tl.constexpr,
     NC: tl.constexpr,
     EVEN_K: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Of H blocks, a thread's slices in them beginning at `k + slice`, and the rows g // S + i * 8 / S, i < 2 R:
-    units, scales and zero points; anything where `more` is 0."""
+    """Of a thread's slice, which begins at `k + slice`, and the rows g // S + i * 8 / S, i < 2 R: units, scales and
+    zero points; anything where `more` is 0."""
     ws = ()
     ss = ()
     zs = ()
-    for h in tl.static_range(H):
-        first = k + slice + 4 * U * S * h
-        at = first + t * U
-        if not EVEN_K:
-            first = tl.where(first < K, first, 0)
-            at = tl.where(at < K, at, 0)
-        for i in tl.static_range(2 * R):
-            far = tl.full((), (8 // S) * i, tl.int64)
-            here = row + far * row_bytes
-            if KIND == AFFINE3:
-                ws = ws + (
-                    words(here + at // 4, more, U // 16, ASM)
-                    + words(here + high_offset + at // 8, more, U // 32, ASM),
-                )
-            else:
-                ws = ws + (words(here + at // 2, more, 4, ASM),)
-            if h == 0 or (GROUP > 0 and GROUP % (4 * U * S * H) != 0):
-                group = first * 0 if GROUP == 0 else first // GROUP + (2 * t) % NC
-                ss = ss + (numbers(scales + (far * groups + group), more, NC > 1, ASM),)
-                if KIND != CODEBOOK:
-                    zs = zs + (numbers(zeros + (far * groups + group), more, NC > 1, ASM),)
-            else:
-                ss = ss + (ss[i],)
-                if KIND != CODEBOOK:
-                    zs = zs + (zs[i],)
+    first = k + slice
+    at = first + t * U
+    if not EVEN_K:
+        first = tl.where(first < K, first, 0)
+        at = tl.where(at < K, at, 0)
+    for i in tl.static_range(2 * R):
+        far = tl.full((), (8 // S) * i, tl.int64)
+        here = row + far * row_bytes
+        if KIND == AFFINE3:
+            ws = ws + (
+                words(here + at // 4, more, U // 16, ASM)
+                + words(here + high_offset + at // 8, more, U // 32, ASM),
+            )
+        else:
+            ws = ws + (words(here + at // 2, more, 4, ASM),)
+        group = first * 0 if GROUP == 0 else first // GROUP + (2 * t) % NC
+        ss = ss + (numbers(scales + (far * groups + group), more, NC > 1, ASM),)
+        if KIND != CODEBOOK:
+            zs = zs + (numbers(zeros + (far * groups + group), more, NC > 1, ASM),)
     return ws, ss, zs
 
 
@@ -133,7 +126,6 @@ def few_rows_kernel(
     KS: tl.constexpr,
     S: tl.constexpr,
     R: tl.constexpr,
-    H: tl.constexpr,
     U: tl.constexpr,
     GROUP: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -143,11 +135,11 @@ def few_rows_kernel(
 ):
     """Grid: (tiles,). Fewer programs share them. A tile is 16 / S * R rows of W. M * S * NC is at most 8, NC at most 4;
     S is a power of two; U divides K; GROUP is 0 (one group per row), a multiple of 4 U or its half or quarter.
-    Addresses of x and of rows are multiples of 16, of rows of scales of NC of them. EVEN_K: KS * 4 U * S * H
-    divides K."""
+    Addresses of x and of rows are multiples of 16, of rows of scales of NC of them. EVEN_K: KS * 4 U * S divides
+    K."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     NC: tl.constexpr = 4 * U // GROUP if GROUP > 0 and GROUP < 4 * U else 1
-    WARP: tl.constexpr = 4 * U * S * H
+    WARP: tl.constexpr = 4 * U * S
     STEP: tl.constexpr = KS * WARP
     ROWS: tl.constexpr = 8 // S
     ks = tl.arange(0, KS)[:, None, None]
@@ -178,7 +170,7 @@ def few_rows_kernel(
     half = 0
     ws, ss, zs = _step(
         row + first * row_bytes, scales + first * groups, zeros + first * groups, k, K, whole + 1, slice, t, row_bytes,
-        high_offset, groups, KIND, S, R, H, U, GROUP, NC, EVEN_K, ASM,
+        high_offset, groups, KIND, S, R, U, GROUP, NC, EVEN_K, ASM,
     )  # fmt: skip
     if KIND == CODEBOOK:  # while the first codes are on their way
         fill_table(lut_ptr, THREADS, DTYPE, ASM)
@@ -193,33 +185,32 @@ def few_rows_kernel(
         first = next_tile.to(tl.int64) * (2 * ROWS * R)
         next_ws, next_ss, next_zs = _step(
             row + first * row_bytes, scales + first * groups, zeros + first * groups, next_k, K, more, slice, t,
-            row_bytes, high_offset, groups, KIND, S, R, H, U, GROUP, NC, EVEN_K, ASM,
+            row_bytes, high_offset, groups, KIND, S, R, U, GROUP, NC, EVEN_K, ASM,
         )  # fmt: skip
-        for h in tl.static_range(H):
-            wanted = mine if EVEN_K else tl.where(k + unit + 4 * U * S * h < K, mine, 0)
-            sums = (zero, zero, zero, zero)
-            parts = ()
-            for _ in tl.static_range(R):
-                parts = parts + ((zero, zero, zero, zero),)
-            for j in tl.static_range(U // 32):
-                x = inputs(x_row + 2 * (k + 4 * U * S * h + 32 * j), wanted, EVEN_K and NC == 1, ASM)
-                new_parts = ()
-                for r in tl.static_range(R):
-                    c, sums = products(
-                        _codes(ws[2 * (h * R + r)], j, KIND, U), _codes(ws[2 * (h * R + r) + 1], j, KIND, U), x,
-                        lut_ptr, parts[r], sums, KIND != CODEBOOK and r == 0, KS, KIND, DTYPE, ASM,
-                    )  # fmt: skip
-                    new_parts = new_parts + (c,)
-                parts = new_parts
-            new_accs = ()
+        wanted = mine if EVEN_K else tl.where(k + unit < K, mine, 0)
+        sums = (zero, zero, zero, zero)
+        parts = ()
+        for _ in tl.static_range(R):
+            parts = parts + ((zero, zero, zero, zero),)
+        for j in tl.static_range(U // 32):
+            x = inputs(x_row + 2 * (k + 32 * j), wanted, EVEN_K and NC == 1, ASM)
+            new_parts = ()
             for r in tl.static_range(R):
-                for i in tl.static_range(4):
-                    part = parts[r][i]
-                    if KIND != CODEBOOK:
-                        part -= sums[i % 2]
-                        part -= zs[2 * (h * R + r) + i // 2][i % 2] * sums[2 + i % 2]
-                    new_accs = new_accs + (accs[4 * r + i] + part * ss[2 * (h * R + r) + i // 2][i % 2],)
-            accs = new_accs
+                c, sums = products(
+                    _codes(ws[2 * r], j, KIND, U), _codes(ws[2 * r + 1], j, KIND, U), x, lut_ptr, parts[r], sums,
+                    KIND != CODEBOOK and r == 0, KS, KIND, DTYPE, ASM,
+                )  # fmt: skip
+                new_parts = new_parts + (c,)
+            parts = new_parts
+        new_accs = ()
+        for r in tl.static_range(R):
+            for i in tl.static_range(4):
+                part = parts[r][i]
+                if KIND != CODEBOOK:
+                    part -= sums[i % 2]
+                    part -= zs[2 * r + i // 2][i % 2] * sums[2 + i % 2]
+                new_accs = new_accs + (accs[4 * r + i] + part * ss[2 * r + i // 2][i % 2],)
+        accs = new_accs
         if last:
             store_sums(accs, tile, half, out_ptr, bias_ptr, M, N, KS, S, R, NC, HAS_BIAS, ASM)
             zeroed = ()

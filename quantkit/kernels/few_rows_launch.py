@@ -22,16 +22,27 @@ AFFINE_BITS = (3, 4)
 
 @dataclass(frozen=True)
 class FewRowsConfig:
-    """Tile of `few_rows_kernel`: `steps` warps side by side along K, each with `blocks` blocks of `slices` times four
-    units of `unit` inputs at a time; `tiles` times 16 / `slices` rows of W at a time. 64 inputs in a unit are for
-    three bits. `resident`: programs for each multiprocessor, which share the tiles; 0: a program for each tile."""
+    """Tile of `few_rows_kernel`: `steps` warps side by side along K, each with `slices` times four units of `unit`
+    inputs at a time; `tiles` times 16 / `slices` rows of W at a time. 64 inputs in a unit are for three bits.
+    `resident`: programs for each multiprocessor, which share the tiles; 0: a program for each tile."""
 
     steps: int
     tiles: int
-    blocks: int = 1
     unit: int = 32
     slices: int = 1
     resident: int = 0
+
+    @property
+    def registers(self) -> int | None:
+        """Most registers of a thread; None: the compiler's choice."""
+        return REGISTERS if self.tiles <= 2 else None
+
+    def columns(self, group: int) -> int | None:
+        """Columns of a slice, one for each of its groups (0: one group per row); None where they do not fit."""
+        inputs = 4 * self.unit
+        columns = inputs // group if 0 < group < inputs else 1
+        fits = columns * group == inputs or group % inputs == 0
+        return columns if fits and columns <= 4 else None
 
 
 _T = FewRowsConfig
@@ -67,13 +78,13 @@ CONFIGS: dict[tuple[Kind, bool], list[tuple[int, list[FewRowsConfig]]]] = {
     ("affine3", False): [
         (4096, [_T(2, 2, slices=8), _T(4, 2, slices=4), _T(8, 2, slices=2), _T(8, 1)]),
         (6144, [_T(2, 2, slices=4), _T(4, 2, slices=2), _T(8, 2)]),
-        (8192, [_T(2, 2, 1, 64, 4), _T(2, 2, slices=4), _T(4, 2, slices=2), _T(8, 2)]),
+        (8192, [_T(2, 2, 64, 4), _T(2, 2, slices=4), _T(4, 2, slices=2), _T(8, 2)]),
         (
             12288,
             [_T(2, 2, slices=8, resident=8), _T(4, 2, slices=4, resident=4), _T(2, 2, slices=2), _T(4, 2)],
         ),
         (16384, [_T(2, 2, slices=4), _T(4, 2, slices=2), _T(4, 2)]),
-        (_WIDEST, [_T(2, 4, 1, 64, 4, 8), _T(2, 2, slices=4), _T(2, 2, slices=2), _T(4, 2)]),
+        (_WIDEST, [_T(2, 4, 64, 4, 8), _T(2, 2, slices=4), _T(2, 2, slices=2), _T(4, 2)]),
     ],
 }
 CONFIGS["codebook", False] = CONFIGS["codebook", True]
@@ -95,13 +106,12 @@ def tiles(kind: Kind, n: int, group: int) -> list[FewRowsConfig]:
 def _tile(kind: Kind, m: int, n: int, k: int, group: int) -> FewRowsConfig | None:
     """The tile for `x [m, k]` and a weight `[n, k]`; None where rows are left over, groups and slices do not fit."""
     for tile in tiles(kind, n, group):
-        inputs = 4 * tile.unit  # of a slice
-        columns = inputs // group if 0 < group < inputs else 1
-        fits = columns * group == inputs or group % inputs == 0  # 0: one group per row
-        whole = fits and columns <= 4 and m * columns * tile.slices <= COLUMNS and k % tile.unit == 0
-        if group:  # groups of a row come in whole slices
-            whole = whole and k % group == 0 and k // group % columns == 0
-        if whole and n * tile.slices % (16 * tile.tiles) == 0:
+        columns = tile.columns(group)
+        if columns is None or m * columns * tile.slices > COLUMNS or k % tile.unit:
+            continue
+        if group and (k % group or k // group % columns):  # groups of a row come in whole slices
+            continue
+        if n * tile.slices % (16 * tile.tiles) == 0:
             return tile
     return None
 
@@ -123,7 +133,7 @@ def tile_for(x: Tensor, weight: LaunchWeight) -> FewRowsConfig | None:
 
 def programs(tile: FewRowsConfig, count: int, device: torch.device) -> int:
     """How many programs share `count` tiles."""
-    most = tile.resident * multiprocessors(device) if tile.resident else 0
+    most = tile.resident * multiprocessors(device)
     return min(count, most) if most else count
 
 
@@ -166,16 +176,15 @@ def launch_few_rows(
         KS=tile.steps,
         S=tile.slices,
         R=tile.tiles,
-        H=tile.blocks,
         U=tile.unit,
         GROUP=group,
-        EVEN_K=k % (tile.steps * tile.blocks * tile.slices * 4 * tile.unit) == 0,
+        EVEN_K=k % (tile.steps * tile.slices * 4 * tile.unit) == 0,
         HAS_BIAS=bias is not None,
         ASM=asm,
         THREADS=32 * tile.steps,
         num_warps=tile.steps,
         num_stages=1,
-        maxnreg=REGISTERS if tile.tiles <= 2 else None,
+        maxnreg=tile.registers,
     )
     return out
 

@@ -15,7 +15,7 @@ CODEBOOK, AFFINE4, AFFINE3 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 def _if_wanted(load: str, outputs: int, after: str = "") -> str:
-    """PTX of a load from ${outputs} if the number after it is not zero; `after` uses the register w."""
+    """PTX of a load from ${outputs} if the number after it is not zero; `after` may use what was loaded to w or h."""
     condition = f".reg .pred p; .reg .b32 w; .reg .b16 h; setp.ne.b32 p, ${outputs + 1}, 0;"
     return f"{{ {condition} @p ld.global.nc{load}, [${outputs}]; {after} }}"
 

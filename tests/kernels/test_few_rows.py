@@ -124,7 +124,7 @@ def shipped() -> list[tuple[Kind, bool, FewRowsConfig]]:
 
 
 FIRST = [
-    ("affine3", False, FewRowsConfig(2, 4, 1, 64, 4)),
+    ("affine3", False, FewRowsConfig(2, 4, 64, 4)),
     ("affine3", False, FewRowsConfig(2, 2, slices=8)),
     ("affine4", False, FewRowsConfig(4, 2, slices=4)),
     ("affine4", True, FewRowsConfig(8, 2, slices=2)),
@@ -151,18 +151,18 @@ def test_compiled_loop(kind: Kind, short: bool, tile: FewRowsConfig, chip: int) 
     from quantkit.kernels.few_rows import few_rows_kernel
 
     constants = {
-        "KIND": KINDS[kind], "KS": tile.steps, "S": tile.slices, "R": tile.tiles, "H": tile.blocks, "U": tile.unit,
+        "KIND": KINDS[kind], "KS": tile.steps, "S": tile.slices, "R": tile.tiles, "U": tile.unit,
         "GROUP": 64 if short else 128, "EVEN_K": True, "HAS_BIAS": False, "ASM": True, "THREADS": 32 * tile.steps,
     }  # fmt: skip
     types = dict.fromkeys(("x_ptr", "bias_ptr", "out_ptr"), "*bf16")
     types |= {"codes_ptr": "*u8", "scale_ptr": "*fp32", "zero_ptr": "*u8", "lut_ptr": "*fp32"}
     binary = compiled(
         few_rows_kernel, types, constants, GPUTarget("cuda", chip, 32), num_warps=tile.steps, num_stages=1,
-        maxnreg=few_rows_launch.REGISTERS if tile.tiles <= 2 else None,
+        maxnreg=tile.registers,
     )  # fmt: skip
     ptx = binary.asm["ptx"]
     body = longest_loop(ptx)
-    each = tile.unit // 4 * tile.blocks
+    each = tile.unit // 4
     sums = 0 if kind == "codebook" else each
     assert body.count("mma.sync.aligned.m16n8k16") == each * tile.tiles + sums
     before, _, end = body.partition("quantkit_sums")
