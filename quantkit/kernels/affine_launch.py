@@ -102,7 +102,7 @@ def launch_gemm(
     group, parts = weight.group, weight.parts
     if device.target()[0] == "hip":
         # AMD's matrix units take no 8 columns, and Triton cannot lower a tile of several groups for all of them.
-        one_group = min(config.inputs, group or config.inputs)
+        one_group = min(config.inputs, 1 << (group.bit_length() - 1) if group else config.inputs)
         config = replace(config, columns=max(16, config.columns), inputs=one_group)
     config, row_scales = tuning.fit_inputs(config, k, group, parts)
     step = config.inputs * config.slices

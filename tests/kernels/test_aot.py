@@ -50,6 +50,16 @@ def test_every_kernel_is_recorded_for_every_target(name: str) -> None:
         assert "M" not in record.divisible, "the number of rows is free at run time"
 
 
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("group", [24, 48, 64, 96])
+def test_tiles_on_amd_are_powers_of_two(bits: int, group: int) -> None:
+    """There a tile is at most one group, whose size need not be a power of two."""
+    request = aot.Request((Affine(bits, group),), (torch.float16,), ((256, 8256),), (2,), backward=False)
+    for record in aot.collect(request, aot.parse_target("gfx942")):
+        assert record.name == "affine_gemm_kernel"
+        assert record.constants["BKB"] & (record.constants["BKB"] - 1) == 0
+
+
 def test_recording_launches_nothing_and_leaves_no_trace() -> None:
     run_method = aot.JITFunction.run
     with aot.record(aot.parse_target("sm_80")) as records:
