@@ -20,7 +20,8 @@ import torch
 from quantkit.encoding import PackedWeight, dequantize
 from quantkit.kernels import launch_weight
 from quantkit.kernels.bench_cases import random_weight
-from quantkit.kernels.few_rows_launch import COLUMNS, CONFIGS, FewRowsConfig, launch_few_rows
+from quantkit.kernels.few_rows_launch import launch_few_rows
+from quantkit.kernels.few_rows_tuning import COLUMNS, CONFIGS, FewRowsConfig
 
 FORMS = ("nf4", "affine-4g128", "hqq-4g64", "affine-4g32", "affine-3g128", "hqq-3g64", "affine-3g1792")
 SHAPE = (64, 1792)
@@ -37,10 +38,14 @@ def tiles(form: str) -> list[FewRowsConfig]:
     group = launch_weight.of(random_weight(form, 16, SHAPE[1], torch.device("cpu"))).group
     found = set()
     for (of, _), rows in CONFIGS.items():
-        for tile in (t for _, several in rows for t in several if of == kind):
+        for tile in (t for *_, several in rows for t in several if of == kind):
             columns = tile.columns(group)
-            if columns and columns * tile.slices <= COLUMNS and SHAPE[1] // (group or 1) % columns == 0:
-                found.add(replace(tile, resident=0))
+            if (
+                columns
+                and columns * tile.slices <= COLUMNS * tile.blocks
+                and SHAPE[1] // (group or 1) % columns == 0
+            ):
+                found.add(replace(tile, shared=True))
     return sorted(found, key=str)
 
 
@@ -58,7 +63,7 @@ def check(job: tuple[str, FewRowsConfig, torch.dtype]) -> tuple[float, int, list
     try:
         packed = random_weight(form, *SHAPE, device)
         weight, exact = launch_weight.of(packed), dequantize(rounded(packed, dtype), torch.float64).T
-        for m in range(1, COLUMNS // ((tile.columns(weight.group) or 1) * tile.slices) + 1):
+        for m in range(1, COLUMNS * tile.blocks // ((tile.columns(weight.group) or 1) * tile.slices) + 1):
             for spread in (False, True):
                 x = torch.randn(m, SHAPE[1] + 8, device=device)[:, : SHAPE[1]]
                 if spread:

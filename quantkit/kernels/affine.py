@@ -1,6 +1,6 @@
 """Triton backend of the affine ops: chooses a route by M.
 
-    M = 1 .. 8          `few_rows`, where it covers the weight (4 and 3 bits)
+    M = 1 .. 16         `few_rows`, where it covers the weight (4 and 3 bits)
     M <= FUSED_ROWS     `affine_gemm`, `affine_gemm_wide`: codes to tensor cores, no dense weight anywhere
     M = 17 .. 4096      `wide_hopper` on sm_90, where it covers the weight and measured faster (not 1 bit)
     larger              W, or a slice of it at a time, is dequantized and the vendor's BLAS multiplies

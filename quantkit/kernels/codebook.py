@@ -1,6 +1,6 @@
 """Triton backend of the codebook ops (NF4, FP4): chooses a kernel by M and launches it.
 
-    M = 1 .. 4 (blocks of 64)           `few_rows_kernel`, where it covers the weight
+    M = 1 .. 8 (blocks of 64)           `few_rows_kernel`, where it covers the weight
     M <= codebook_tuning.FUSED_ROWS     `codebook_gemm_kernel` / `codebook_gemm_wide_kernel`
     M = 17 .. 3072                      `wide_hopper_kernel` on sm_90, where it is faster
     larger                              slices of W dequantized, multiplied by the vendor's BLAS

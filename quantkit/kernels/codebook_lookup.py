@@ -29,24 +29,27 @@ import triton.language as tl
 def _fill_asm(dtype: str) -> str:
     """PTX, once per thread and once in a kernel: declare the table and fill it from 16 float32 at $1.
 
-    A warp makes 32 entries at a time, one per lane, and hands each to all lanes for their copies. The
-    declaration stands outside the braces: it holds to the end of the kernel, so that `_lookup_asm` can name
+    An entry is 32 copies of one word: eight lanes write one, four words each, so a warp writes four entries at once,
+    and the sixteen of a high nibble in four turns. Warps take high nibbles in turns.
+
+    The declaration stands outside the braces: it holds to the end of the kernel, so that `_LOOKUP` can name
     the table. (As an operand its address would cost more than it looks: Triton then no longer decodes in the
     registers that the matrix instruction reads, but sends every weight through shared memory once more.)
     """
     lines = [
-        ".reg .pred p; .reg .b32 lane, j, n, b, i, at, v, u; .reg .b64 wide; .reg .f32 x, y;",
-        "mov.u32 lane, %laneid; mov.u32 j, %tid.x; shr.u32 j, j, 5; mov.u32 n, %ntid.x; shr.u32 n, n, 5;",
-        "more: setp.ge.u32 p, j, 8; @p bra done;",
-        "mad.lo.u32 b, j, 32, lane;",
-        "shr.u32 i, b, 4; mad.wide.u32 wide, i, 4, $1; ld.global.f32 x, [wide];",
-        "and.b32 i, b, 15; mad.wide.u32 wide, i, 4, $1; ld.global.f32 y, [wide];",
-        f"cvt.rn.{dtype}x2.f32 v, y, x;",  # the low half is x, the high nibble's value
-        "mov.u32 at, quantkit_pairs; mad.lo.u32 at, lane, 4, at; mad.lo.u32 at, j, 4096, at;",
+        ".reg .pred p; .reg .b32 lane, warps, h, i, at, v; .reg .b64 wide; .reg .f32 e, x, y<4>;",
+        "mov.u32 lane, %laneid; mov.u32 h, %tid.x; shr.u32 h, h, 5; mov.u32 warps, %ntid.x; shr.u32 warps, warps, 5;",
+        # the number of the lane (modulo 16), and those of the low nibbles that it writes
+        "and.b32 i, lane, 15; mad.wide.u32 wide, i, 4, $1; ld.global.f32 e, [wide]; shr.u32 i, lane, 3;",
+        *[f"shfl.sync.idx.b32 y{turn}, e, i, 31, -1; add.u32 i, i, 4;" for turn in range(4)],
+        "mov.u32 at, quantkit_pairs; mad.lo.u32 at, lane, 16, at;",
+        "more: setp.ge.u32 p, h, 16; @p bra done;",
+        "shfl.sync.idx.b32 x, e, h, 31, -1; mad.lo.u32 i, h, 2048, at;",
     ]
-    for entry in range(32):
-        lines += [f"shfl.sync.idx.b32 u, v, {entry}, 31, -1;", f"st.shared.b32 [at + {128 * entry}], u;"]
-    lines += ["add.u32 j, j, n; bra more;", "done: bar.sync 0; mov.u32 $0, 0;"]
+    for turn in range(4):  # the low half is x, the high nibble's value
+        write = f"st.shared.v4.b32 [i + {512 * turn}], {{v, v, v, v}};"
+        lines.append(f"cvt.rn.{dtype}x2.f32 v, y{turn}, x; {write}")
+    lines += ["add.u32 h, h, warps; bra more;", "done: bar.sync 0; mov.u32 $0, 0;"]
     return ".shared .align 16 .b32 quantkit_pairs[8192]; { " + " ".join(lines) + " }"
 
 

@@ -1,4 +1,4 @@
-"""y = W @ x for one to eight rows of x (decoding), from four- and three-bit weights, past shared memory (Triton).
+"""y = W @ x for one to sixteen rows of x (decoding), from four- and three-bit weights, past shared memory (Triton).
 
 The compiler's own matrix products want operands in their layouts, which costs a trip through shared memory and a
 barrier for every step of K; at few rows, waiting for those and not the memory set the pace (ADR 0028, 0039). Here
@@ -15,7 +15,8 @@ are made where the loads leave them: a product may take its K in any order, as l
 A column is a row of x in one slice, or, where groups are shorter than a slice, in one of the slice's groups, zeros
 elsewhere: NC = 4 U / GROUP columns a slice, so that each part has one scale; S * NC columns a row of x. A product of
 a row's slice with a column of another slice means nothing and is dropped at the end: for one row of x, the columns
-would be idle otherwise, and a warp now reads few rows of W in long runs instead of 16 in short ones.
+would be idle otherwise, and a warp now reads few rows of W in long runs instead of 16 in short ones. For more rows of x
+than a product has columns, a second product takes the same operand of W.
 
     one step of the program, K advances by KS blocks, KS warps side by side:
         next  = codes, scales and zero points of the next step, asked for before this one's are used
@@ -132,9 +133,10 @@ def few_rows_kernel(
     HAS_BIAS: tl.constexpr,
     ASM: tl.constexpr,
     THREADS: tl.constexpr,
+    B: tl.constexpr,
 ):
-    """Grid: (tiles,). Fewer programs share them. A tile is 16 / S * R rows of W. M * S * NC is at most 8, NC at most 4;
-    S is a power of two; U divides K; GROUP is 0 (one group per row), a multiple of 4 U or its half or quarter.
+    """Grid: (tiles,). Fewer programs share them. A tile is 16 / S * R rows of W. M * S * NC is at most 8 B, NC at most
+    4; S is a power of two; U divides K; GROUP is 0 (one group per row), a multiple of 4 U or its half or quarter.
     Addresses of x and of rows are multiples of 16, of rows of scales of NC of them. EVEN_K: KS * 4 U * S divides
     K."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
@@ -151,10 +153,13 @@ def few_rows_kernel(
     row = codes_ptr.to(tl.int64) + rows.to(tl.int64) * row_bytes
     scales = scale_ptr + rows.to(tl.int64) * groups
     zeros = zero_ptr + rows.to(tl.int64) * groups
-    # Column g: row g // (S * NC) of x (beyond M the last one once more), its slice g // NC % S, there the part g % NC.
-    m = tl.minimum(g // (S * NC), M - 1)
+    # Column g: row g // (S * NC) of x (beyond M the last once more), its slice g // NC % S, there the part g % NC. The
+    # second product's columns: the rows of x after those.
     unit = ks * WARP + g // NC % S * (4 * U) + t * U
-    x_row = x_ptr.to(tl.int64) + m.to(tl.int64) * x_stride * 2 + unit * 2
+    x_rows = ()
+    for b in tl.static_range(B):
+        m = tl.minimum(g // (S * NC) + 8 // (S * NC) * b, M - 1)
+        x_rows = x_rows + (x_ptr.to(tl.int64) + m.to(tl.int64) * x_stride * 2 + unit * 2,)
     mine = ((t // (4 // NC)) == g % NC).to(tl.int32) + whole
     if ASM and KS > 1:
         COUNT: tl.constexpr = 4 * R if S * NC == 1 else 2 * R
@@ -164,8 +169,8 @@ def few_rows_kernel(
 
     # One loop over the steps of all the program's tiles: the next tile's codes are asked for before this one ends.
     tile = tl.program_id(0)
-    count = tl.cdiv(tiles - tile, tl.num_programs(0)) * tl.cdiv(K, STEP)
     first = tile.to(tl.int64) * (2 * ROWS * R)
+    count = tl.cdiv(tiles - tile, tl.num_programs(0)) * tl.cdiv(K, STEP)
     k = 0
     half = 0
     ws, ss, zs = _step(
@@ -175,7 +180,7 @@ def few_rows_kernel(
     if KIND == CODEBOOK:  # while the first codes are on their way
         fill_table(lut_ptr, THREADS, DTYPE, ASM)
     accs = ()
-    for _ in tl.static_range(4 * R):
+    for _ in tl.static_range(4 * R * B):
         accs = accs + (zero,)
     for _ in tl.range(0, count, num_stages=1):
         last = k + STEP >= K
@@ -188,36 +193,51 @@ def few_rows_kernel(
             row_bytes, high_offset, groups, KIND, S, R, U, GROUP, NC, EVEN_K, ASM,
         )  # fmt: skip
         wanted = mine if EVEN_K else tl.where(k + unit < K, mine, 0)
-        sums = (zero, zero, zero, zero)
+        sums = ()
         parts = ()
-        for _ in tl.static_range(R):
+        for _ in tl.static_range(B):
+            sums = sums + ((zero, zero, zero, zero),)
+        for _ in tl.static_range(R * B):
             parts = parts + ((zero, zero, zero, zero),)
         for j in tl.static_range(U // 32):
-            x = inputs(x_row + 2 * (k + 32 * j), wanted, EVEN_K and NC == 1, ASM)
+            xs = ()
+            for b in tl.static_range(B):
+                xs = xs + (inputs(x_rows[b] + 2 * (k + 32 * j), wanted, EVEN_K and NC == 1, ASM),)
             new_parts = ()
             for r in tl.static_range(R):
-                c, sums = products(
-                    _codes(ws[2 * r], j, KIND, U), _codes(ws[2 * r + 1], j, KIND, U), x, lut_ptr, parts[r], sums,
-                    KIND != CODEBOOK and r == 0, KS, KIND, DTYPE, ASM,
-                )  # fmt: skip
-                new_parts = new_parts + (c,)
+                new_sums = ()
+                for b in tl.static_range(B):
+                    c, of_x = products(
+                        _codes(ws[2 * r], j, KIND, U), _codes(ws[2 * r + 1], j, KIND, U), xs[b], lut_ptr,
+                        parts[B * r + b], sums[b], KIND != CODEBOOK and r == 0, KS, KIND, DTYPE, ASM,
+                    )  # fmt: skip
+                    new_parts = new_parts + (c,)
+                    new_sums = new_sums + (of_x,)
+                sums = new_sums
             parts = new_parts
         new_accs = ()
-        for r in tl.static_range(R):
-            for i in tl.static_range(4):
-                part = parts[r][i]
-                if KIND != CODEBOOK:
-                    part -= sums[i % 2]
-                    part -= zs[2 * r + i // 2][i % 2] * sums[2 + i % 2]
-                new_accs = new_accs + (accs[4 * r + i] + part * ss[2 * r + i // 2][i % 2],)
+        for b in tl.static_range(B):
+            for r in tl.static_range(R):
+                for i in tl.static_range(4):
+                    part = parts[B * r + b][i]
+                    if KIND != CODEBOOK:
+                        part -= sums[b][i % 2]
+                        part -= zs[2 * r + i // 2][i % 2] * sums[b][2 + i % 2]
+                    new_accs = new_accs + (accs[4 * (R * b + r) + i] + part * ss[2 * r + i // 2][i % 2],)
         accs = new_accs
         if last:
-            store_sums(accs, tile, half, out_ptr, bias_ptr, M, N, KS, S, R, NC, HAS_BIAS, ASM)
+            for b in tl.static_range(B):
+                mine_of = ()
+                for i in tl.static_range(4 * R):
+                    mine_of = mine_of + (accs[4 * R * b + i],)
+                store_sums(
+                    mine_of, tile, 8 // (S * NC) * b, half, out_ptr, bias_ptr, M, N, KS, S, R, NC, HAS_BIAS, ASM
+                )  # fmt: skip
+                half = 1 - half
             zeroed = ()
-            for _ in tl.static_range(4 * R):
+            for _ in tl.static_range(4 * R * B):
                 zeroed = zeroed + (zero,)
             accs = zeroed
-            half = 1 - half
         k = next_k
         tile = next_tile
         ws = next_ws

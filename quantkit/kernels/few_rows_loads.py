@@ -17,7 +17,7 @@ CODEBOOK, AFFINE4, AFFINE3 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 def _if_wanted(load: str, outputs: int, after: str = "") -> str:
     """PTX of a load from ${outputs} if the number after it is not zero; `after` may use what was loaded to w or h."""
     condition = f".reg .pred p; .reg .b32 w; .reg .b16 h; setp.ne.b32 p, ${outputs + 1}, 0;"
-    return f"{{ {condition} @p ld.global.nc{load}, [${outputs}]; {after} }}"
+    return f"{{ {condition} @p ld.global{load}, [${outputs}]; {after} }}"
 
 
 def _words(count: int) -> str:
@@ -37,11 +37,11 @@ _LOAD_F32_PAIR = tl.constexpr(_if_wanted(".v2.b32 {$0,$1}", 2))
 _LOAD_16_PAIR = tl.constexpr(_if_wanted(".b32 w", 2, "mov.b32 {$0,$1}, w;"))
 _LOAD_8_PAIR = tl.constexpr(_if_wanted(".u16 h", 2, "and.b16 $0, h, 255; shr.u16 $1, h, 8;"))
 #: Inputs: kept in L1.
-_LOAD_X = tl.constexpr("ld.global.nc.v4.b32 {$0,$1,$2,$3}, [$4];")
+_LOAD_X = tl.constexpr("ld.global.v4.b32 {$0,$1,$2,$3}, [$4];")
 #: Zeros where they are not wanted.
 _LOAD_X_IF = tl.constexpr(
     "{ .reg .pred p; .reg .b32 a, b, c, d; setp.ne.b32 p, $5, 0; mov.b32 a, 0; mov.b32 b, 0; mov.b32 c, 0;"
-    " mov.b32 d, 0; @p ld.global.nc.v4.b32 {a,b,c,d}, [$4]; mov.b32 $0, a; mov.b32 $1, b; mov.b32 $2, c;"
+    " mov.b32 d, 0; @p ld.global.v4.b32 {a,b,c,d}, [$4]; mov.b32 $0, a; mov.b32 $1, b; mov.b32 $2, c;"
     " mov.b32 $3, d; }"
 )
 

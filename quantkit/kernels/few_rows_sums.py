@@ -71,6 +71,7 @@ def _over_warps(ys, half, KS: tl.constexpr, ASM: tl.constexpr):
 def store_sums(
     accs,
     tile,
+    first,
     half,
     out_ptr,
     bias_ptr,
@@ -83,7 +84,7 @@ def store_sums(
     HAS_BIAS: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """The tile's sums over slices and warps, plus bias, into out `[M, N]`."""
+    """The tile's sums over slices and warps, plus bias, into out `[M, N]`, for the rows of x from `first` on."""
     ROWS: tl.constexpr = 8 // S
     SN: tl.constexpr = S * NC
     if SN == 1:
@@ -98,10 +99,10 @@ def store_sums(
     t = tl.arange(0, 4)[None, None, :]
     for i in tl.static_range(len(ys)):
         if SN == 1:
-            m = 2 * t + i % 2 + 0 * g
+            m = first + 2 * t + i % 2 + 0 * g
             n = 8 * (i // 2) + g
         else:
-            m = 2 * t // SN + 0 * g
+            m = first + 2 * t // SN + 0 * g
             n = ROWS * i + g // S
         keep = (m < M) & (ks == i % KS) & (g % S == 0) & (2 * t % SN < 2)
         n = tile * (2 * ROWS * R) + n

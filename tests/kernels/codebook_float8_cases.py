@@ -25,6 +25,7 @@ from quantkit.kernels import (
     codebook,
     codebook_tuning,
     few_rows_launch,
+    few_rows_tuning,
     float8,
     float8_tuning,
     launch_weight,
@@ -118,18 +119,24 @@ HALVES = ((torch.float16, 1.0), (torch.bfloat16, 2.0**-7 / BOUND[torch.float16])
 
 def few_rows_cases() -> Iterator[tuple[str, float]]:
     """`few_rows_kernel` on portable loads and products: each decoding, all rows of x that fit, groups of less than a
-    slice, of one and one per row, tiles of 2 to 32 rows of W, fewer programs than tiles, a K that ends inside a step,
-    both kinds of zeros.
+    slice, of one and one per row, tiles of 2 to 32 rows of W, one and two products, fewer programs than tiles, a K that
+    ends inside a step, both kinds of zeros.
     """
     device = torch.device("cpu")
-    tile = few_rows_launch.FewRowsConfig
+    tile = few_rows_tuning.FewRowsConfig
     plain = (((16, 512), tile(4, 1)), ((32, 704), tile(2, 2)), ((16, 704), tile(4, 1)))
     longer = (((32, 640), tile(2, 2)), ((16, 640), tile(4, 1)))
     wide = (((16, 768), tile(2, 1, 64)), ((32, 512), tile(2, 2, 64)), ((16, 768), tile(2, 1, 64, 4)))
     two = (((16, 704), tile(2, 1, slices=2)),)
     four = (((24, 704), tile(1, 1, slices=4)), ((16, 512), tile(2, 2, slices=4)))
     eight = (((16, 1408), tile(2, 2, slices=8)), ((6, 1408), tile(1, 1, 64, slices=8)))
+    twice = (((16, 384), tile(2, 1, blocks=2)),)
+    both = (((32, 384), tile(1, 2, slices=2, blocks=2)),)
     for form, counts, cells in (
+        ("nf4", (7,), twice),
+        ("nf4", (3,), both),
+        ("affine-4g128", (12,), twice),
+        ("affine-3g128", (8,), both),
         ("nf4", (1, 4), plain),
         ("nf4", (2,), two),
         ("nf4", (1,), four),

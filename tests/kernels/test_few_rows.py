@@ -1,4 +1,4 @@
-"""One to eight rows of x (`few_rows_kernel`): who is covered, and compiled code. Numbers: test_codebook_float8."""
+"""One to sixteen rows of x (`few_rows_kernel`): who is covered, and compiled code. Numbers: test_codebook_float8."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from kernel_support import compiled, longest_loop
 pytest.importorskip("triton")
 
 from quantkit.kernels import few_rows_asm, few_rows_launch, launch
-from quantkit.kernels.few_rows_launch import CONFIGS, KINDS, FewRowsConfig
+from quantkit.kernels.few_rows_launch import KINDS
+from quantkit.kernels.few_rows_tuning import CONFIGS, FewRowsConfig
 from quantkit.kernels.launch_weight import Kind, LaunchWeight
 
 
@@ -41,11 +42,14 @@ def test_what_is_covered() -> None:
         assert covers("affine4", m, 4096, 14336, 128) and covers("affine4", m, 8192, 4096, 0)
     assert covers("affine3", 8, 4096, 14336, 128) and covers("affine3", 8, 4096, 4096, 0)
     assert covers("affine4", 2, 8192, 4096, 32) and covers("affine4", 1, 4096, 4096, 64)
-    assert covers("affine4", 8, 14336, 4096, 128) and not covers("affine4", 5, 14336, 4096, 64)
-    assert not covers("affine4", 5, 8192, 4096, 128), "as fast through affine_gemm"
+    assert covers("affine4", 8, 14336, 4096, 128) and not covers("affine4", 5, 28672, 4096, 64)
+    assert covers("codebook", 8, 14336, 4096, 64) and covers("affine4", 8, 4096, 4096, 64), "two products"
+    assert covers("affine3", 16, 4096, 14336, 128) and not covers("affine3", 17, 4096, 4096, 128)
+    assert not covers("codebook", 9, 4096, 4096, 64) and not covers("affine3", 9, 4096, 4096, 64)
+    assert covers("affine4", 5, 8192, 4096, 128) and covers("affine4", 16, 2048, 4096, 128)
+    assert not covers("affine4", 5, 6144, 4096, 128), "as fast through affine_gemm"
     assert not covers("affine4", 3, 8192, 4096, 32), "four groups in a slice leave columns for two rows"
-    assert not covers("codebook", 5, 4096, 4096, 64)
-    assert not covers("affine3", 9, 4096, 4096, 128)
+    assert not covers("codebook", 5, 8192, 4096, 64)
     assert not covers("codebook", 2, 4104, 4096, 64) and not covers("codebook", 1, 4095, 4096, 64), (
         "rows left over"
     )
@@ -64,7 +68,7 @@ def test_what_is_covered() -> None:
 
 
 @pytest.mark.usefixtures("ptx")
-@pytest.mark.parametrize("m", range(1, 9))
+@pytest.mark.parametrize("m", range(1, 17))
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_tiles_keep_to_what_the_kernel_takes(kind: Kind, m: int) -> None:
     """As many columns as the tile's slices allow, and never more than an mma has."""
@@ -80,7 +84,7 @@ def test_tiles_keep_to_what_the_kernel_takes(kind: Kind, m: int) -> None:
         if tile is None:
             continue
         columns = max(1, 4 * tile.unit // group) if group else 1
-        assert m * tile.slices * columns <= 8 and n * tile.slices % (16 * tile.tiles) == 0
+        assert m * tile.slices * columns <= 8 * tile.blocks and n * tile.slices % (16 * tile.tiles) == 0
         assert tile.unit == 32 or kind == "affine3"
 
 
@@ -96,13 +100,18 @@ def test_rows_of_codes_begin_at_aligned_addresses() -> None:
 def test_programs_that_share_the_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(few_rows_launch, "multiprocessors", lambda device: 132)
     device = torch.device("cuda", 7)
-    assert few_rows_launch.programs(FewRowsConfig(4, 2, slices=4), 3584, device) == 3584
-    assert few_rows_launch.programs(FewRowsConfig(4, 2, slices=4, resident=4), 3584, device) == 528
-    assert few_rows_launch.programs(FewRowsConfig(4, 2, slices=4, resident=4), 100, device) == 100
+    for tile, kind, each in (
+        (FewRowsConfig(4, 2, slices=4), "affine4", 4),
+        (FewRowsConfig(8, 1, slices=2), "codebook", 2),
+        (FewRowsConfig(2, 2, slices=4), "affine4", 8),
+        (FewRowsConfig(2, 2, slices=4), "codebook", 6),  # tables
+        (FewRowsConfig(4, 2, blocks=2), "affine3", 3),  # registers
+    ):
+        assert few_rows_launch.programs(tile, kind, 3584, device) == 132 * each
+        assert few_rows_launch.programs(tile, kind, 100, device) == 100
+    assert few_rows_launch.programs(FewRowsConfig(4, 2, shared=False), "affine4", 3584, device) == 3584
     monkeypatch.setattr(few_rows_launch, "multiprocessors", lambda device: 0)
-    assert few_rows_launch.programs(FewRowsConfig(4, 2, slices=4, resident=4), 3584, device) == 3584, (
-        "unknown"
-    )
+    assert few_rows_launch.programs(FewRowsConfig(4, 2), "affine4", 3584, device) == 3584, "unknown"
 
 
 def test_only_with_ptx(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,9 +123,9 @@ def test_only_with_ptx(monkeypatch: pytest.MonkeyPatch) -> None:
 def shipped() -> list[tuple[Kind, bool, FewRowsConfig]]:
     """Every tile of the table, for groups of 64 and of 128, once."""
     found = {
-        (kind, short, replace(tile, resident=0))
+        (kind, short, replace(tile, shared=True))
         for (kind, short), rows in CONFIGS.items()
-        for _, several in rows
+        for *_, several in rows
         for tile in several
         if not (kind == "codebook" and not short)
     }
@@ -129,7 +138,8 @@ FIRST = [
     ("affine4", False, FewRowsConfig(4, 2, slices=4)),
     ("affine4", True, FewRowsConfig(8, 2, slices=2)),
     ("codebook", True, FewRowsConfig(4, 2, slices=4)),
-    ("codebook", True, FewRowsConfig(8, 1)),
+    ("codebook", True, FewRowsConfig(8, 1, blocks=2)),
+    ("affine3", False, FewRowsConfig(4, 2, blocks=2)),
 ]
 
 
@@ -153,6 +163,7 @@ def test_compiled_loop(kind: Kind, short: bool, tile: FewRowsConfig, chip: int) 
     constants = {
         "KIND": KINDS[kind], "KS": tile.steps, "S": tile.slices, "R": tile.tiles, "U": tile.unit,
         "GROUP": 64 if short else 128, "EVEN_K": True, "HAS_BIAS": False, "ASM": True, "THREADS": 32 * tile.steps,
+        "B": tile.blocks,
     }  # fmt: skip
     types = dict.fromkeys(("x_ptr", "bias_ptr", "out_ptr"), "*bf16")
     types |= {"codes_ptr": "*u8", "scale_ptr": "*fp32", "zero_ptr": "*u8", "lut_ptr": "*fp32"}
@@ -164,10 +175,10 @@ def test_compiled_loop(kind: Kind, short: bool, tile: FewRowsConfig, chip: int) 
     body = longest_loop(ptx)
     each = tile.unit // 4
     sums = 0 if kind == "codebook" else each
-    assert body.count("mma.sync.aligned.m16n8k16") == each * tile.tiles + sums
+    assert body.count("mma.sync.aligned.m16n8k16") == tile.blocks * (each * tile.tiles + sums)
     before, _, end = body.partition("quantkit_sums")
     assert "bar.sync" not in before and "barrier" not in before, "nothing changes hands until a tile ends"
-    assert end.count("bar.sync") == 1 and "mma.sync" not in end
+    assert end.count("bar.sync") == tile.blocks and "mma.sync" not in end
     assert binary.metadata.shared == 0, "no exchange of the compiler's own"
     assert declared_shared(ptx) <= 49152
     lanes = f"threadsPerWarp = [1, 8, 4], warpsPerCTA = [{tile.steps}, 1, 1], order = [2, 1, 0]"
