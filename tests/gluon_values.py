@@ -161,7 +161,7 @@ def run_ptx(asm: str, inputs: Sequence[np.ndarray], outputs: int) -> list[np.nda
             continue
         operation, operands = line.split(None, 1)
         result, *names = [part.strip() for part in operands.split(",")]
-        registers[result] = _OPERATIONS[operation](*(read(name) for name in names))
+        registers[result] = OPERATIONS[operation](*(read(name) for name in names))
     return [registers[f"${i}"] for i in range(outputs)]
 
 
@@ -207,7 +207,8 @@ def _pair(dtype: torch.dtype) -> Any:
     return lambda high, low: half(high) << np.uint32(16) | half(low)
 
 
-_OPERATIONS: dict[str, Any] = {
+#: PTX instructions on registers' bits.
+OPERATIONS: dict[str, Any] = {
     "prmt.b32": _prmt,
     "shf.l.wrap.b32": _rotate,
     "lop3.b32": _lop3,
