@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a network
+# Idle OpenMP threads spin by default: beside another test process on the same processors they took most of the time.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("QUANTKIT_CACHE", tempfile.mkdtemp(prefix="quantkit-test-cache-"))
 
 SMALL = {
