@@ -10,7 +10,7 @@ from torch import Tensor
 from quantkit.kernels import launch
 from quantkit.kernels.few_rows import few_rows_kernel
 from quantkit.kernels.few_rows_loads import AFFINE3, AFFINE4, CODEBOOK
-from quantkit.kernels.few_rows_tuning import COLUMNS, FewRowsConfig, tiles
+from quantkit.kernels.few_rows_tuning import COLUMNS, TABLES, FewRowsConfig, tiles
 from quantkit.kernels.launch_weight import Kind, LaunchWeight
 from quantkit.kernels.sliced import multiprocessors
 
@@ -21,10 +21,20 @@ AFFINE_BITS = (3, 4)
 _HALVES = (torch.float16, torch.bfloat16)
 
 
+def tables() -> int:
+    """How many tables of values a multiprocessor's memory holds."""
+    return TABLES.get(launch.target()[1], 2)
+
+
 @cache
-def _tile(kind: Kind, m: int, n: int, k: int, group: int) -> FewRowsConfig | None:
-    """The tile for `x [m, k]` and a weight `[n, k]`; None where rows are left over, groups and slices do not fit."""
+def _tile(kind: Kind, m: int, n: int, k: int, group: int, held: int) -> FewRowsConfig | None:
+    """The tile for `x [m, k]` and a weight `[n, k]`; None where rows are left over, groups and slices do not fit.
+
+    `held`: `tables`. Two warps on a table are enough only where a multiprocessor has six.
+    """
     for tile in tiles(kind, n, k, group):
+        if kind == "codebook" and tile.steps == 2 and held < 6:
+            continue
         columns = tile.columns(group)
         if columns is None or m * columns * tile.slices > COLUMNS * tile.blocks or k % tile.unit:
             continue
@@ -47,13 +57,13 @@ def tile_for(x: Tensor, weight: LaunchWeight) -> FewRowsConfig | None:
     aligned = (x.data_ptr() | codes.data_ptr()) % 16 == 0 and (m == 1 or x.stride(0) % 8 == 0)
     if kind != "codebook":  # rows of their own; a codebook's follow one another
         aligned = aligned and codes.stride(0) % 16 == 0
-    return _tile(kind, m, weight.n, k, weight.group) if aligned and x.stride(1) == 1 else None
+    return _tile(kind, m, weight.n, k, weight.group, tables()) if aligned and x.stride(1) == 1 else None
 
 
 def programs(tile: FewRowsConfig, kind: Kind, count: int, device: torch.device) -> int:
     """How many programs share `count` tiles."""
     units = multiprocessors(device)
-    return min(count, tile.resident(kind) * units) if units and tile.shared else count
+    return min(count, tile.resident(kind, tables()) * units) if units and tile.shared else count
 
 
 def launch_few_rows(

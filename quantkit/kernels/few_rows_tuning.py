@@ -20,11 +20,11 @@ class FewRowsConfig:
     blocks: int = 1
     shared: bool = True
 
-    def resident(self, kind: Kind) -> int:
-        """Programs for each multiprocessor: as many as its registers take, and tables of values its memory. (Of 64 rows
-        of W with 64 inputs in a unit fewer fit; that others follow them was faster.)"""
+    def resident(self, kind: Kind, tables: int) -> int:
+        """Programs for each multiprocessor: as many as its registers take, and `tables` of values its memory. (Of 64
+        rows of W with 64 inputs in a unit fewer fit; that others follow them was faster.)"""
         fit = (12 if self.registers == LARGE else 16) // self.steps
-        return min(fit, TABLES) if kind == "codebook" else fit
+        return min(fit, tables) if kind == "codebook" else fit
 
     @property
     def registers(self) -> int | None:
@@ -102,8 +102,8 @@ CONFIGS["affine3", True] = CONFIGS["affine3", False]
 #: Registers of a thread where two tiles' sums or less have room: four warps a scheduler; else three. Said to the
 #: compiler it also orders instructions for so many, which is faster by itself.
 SMALL, LARGE = 128, 168
-#: Tables of values (32 KB, and sums) that a multiprocessor's memory holds: 227 KB on Hopper.
-TABLES = 6
+#: Tables of values (32 KB, and sums) that a multiprocessor's memory holds, by compute capability; of others: two.
+TABLES = {80: 4, 87: 4, 90: 6, 100: 6, 103: 6}
 #: Columns of an mma: rows of x times slices times the groups of a slice. Of a tile: twice as many at most.
 COLUMNS = 8
 

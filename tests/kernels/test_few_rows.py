@@ -99,6 +99,7 @@ def test_rows_of_codes_begin_at_aligned_addresses() -> None:
 
 def test_programs_that_share_the_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(few_rows_launch, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(launch, "target", lambda: ("cuda", 90))
     device = torch.device("cuda", 7)
     for tile, kind, each in (
         (FewRowsConfig(4, 2, slices=4), "affine4", 4),
@@ -110,8 +111,18 @@ def test_programs_that_share_the_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         assert few_rows_launch.programs(tile, kind, 3584, device) == 132 * each
         assert few_rows_launch.programs(tile, kind, 100, device) == 100
     assert few_rows_launch.programs(FewRowsConfig(4, 2, shared=False), "affine4", 3584, device) == 3584
+    monkeypatch.setattr(launch, "target", lambda: ("cuda", 89))
+    assert few_rows_launch.programs(FewRowsConfig(4, 2), "codebook", 3584, device) == 132 * 2
     monkeypatch.setattr(few_rows_launch, "multiprocessors", lambda device: 0)
     assert few_rows_launch.programs(FewRowsConfig(4, 2), "affine4", 3584, device) == 3584, "unknown"
+
+
+def test_two_warps_on_a_table_only_where_six_tables_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.empty(1, 4096, dtype=torch.bfloat16, device="meta")
+    for arch, steps in ((90, 2), (100, 2), (80, 4), (89, 4), (120, 4)):
+        monkeypatch.setattr(launch, "target", lambda arch=arch: ("cuda", arch))
+        tile = few_rows_launch.tile_for(x, weight("codebook", 6144, 4096, 64, 2048))
+        assert tile is not None and tile.steps == steps, arch
 
 
 def test_only_with_ptx(monkeypatch: pytest.MonkeyPatch) -> None:
