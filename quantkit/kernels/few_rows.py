@@ -16,7 +16,8 @@ A column is a row of x in one slice, or, where groups are shorter than a slice, 
 elsewhere: NC = 4 U / GROUP columns a slice, so that each part has one scale; S * NC columns a row of x. A product of
 a row's slice with a column of another slice means nothing and is dropped at the end: for one row of x, the columns
 would be idle otherwise, and a warp now reads few rows of W in long runs instead of 16 in short ones. For more rows of x
-than a product has columns, a second product takes the same operand of W.
+than a product has columns, a second product takes the same operand of W. (It is written as if decoded once more: ptxas
+merges the two, as a test of the compiled code sees.)
 
     one step of the program, K advances by KS blocks, KS warps side by side:
         next  = codes, scales and zero points of the next step, asked for before this one's are used

@@ -10,6 +10,7 @@ import pytest
 import torch
 from gluon_values import run_ptx
 from kernel_support import compiled, longest_loop
+from sass_support import disassembled
 
 pytest.importorskip("triton")
 
@@ -158,17 +159,10 @@ def test_the_table_has_these_tiles() -> None:
     assert set(FIRST) <= set(shipped())
 
 
-@pytest.mark.parametrize(
-    ("kind", "short", "tile", "chip"),
-    [(*case, chip) for case in FIRST for chip in (80, 90)]
-    + [pytest.param(*case, 90, marks=pytest.mark.slow) for case in shipped() if case not in FIRST]
-    + [pytest.param(*case, 100, marks=pytest.mark.slow) for case in FIRST],
-)
-def test_compiled_loop(kind: Kind, short: bool, tile: FewRowsConfig, chip: int) -> None:
-    """One product for each 8 codes of a thread, lanes where the products want them, one barrier, where a tile ends."""
+def build(kind: Kind, short: bool, tile: FewRowsConfig, chip: int) -> Any:
+    """The kernel's binary, for groups of 64 if `short`, else of 128."""
     from triton.backends.compiler import GPUTarget
 
-    from quantkit.kernels.aot import declared_shared
     from quantkit.kernels.few_rows import few_rows_kernel
 
     constants = {
@@ -178,10 +172,23 @@ def test_compiled_loop(kind: Kind, short: bool, tile: FewRowsConfig, chip: int) 
     }  # fmt: skip
     types = dict.fromkeys(("x_ptr", "bias_ptr", "out_ptr"), "*bf16")
     types |= {"codes_ptr": "*u8", "scale_ptr": "*fp32", "zero_ptr": "*u8", "lut_ptr": "*fp32"}
-    binary = compiled(
+    return compiled(
         few_rows_kernel, types, constants, GPUTarget("cuda", chip, 32), num_warps=tile.steps, num_stages=1,
         maxnreg=tile.registers,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "short", "tile", "chip"),
+    [(*case, chip) for case in FIRST for chip in (80, 90)]
+    + [pytest.param(*case, 90, marks=pytest.mark.slow) for case in shipped() if case not in FIRST]
+    + [pytest.param(*case, 100, marks=pytest.mark.slow) for case in FIRST],
+)
+def test_compiled_loop(kind: Kind, short: bool, tile: FewRowsConfig, chip: int) -> None:
+    """One product for each 8 codes of a thread, lanes where the products want them, one barrier, where a tile ends."""
+    from quantkit.kernels.aot import declared_shared
+
+    binary = build(kind, short, tile, chip)
     ptx = binary.asm["ptx"]
     body = longest_loop(ptx)
     each = tile.unit // 4
@@ -197,6 +204,27 @@ def test_compiled_loop(kind: Kind, short: bool, tile: FewRowsConfig, chip: int) 
     assert len(layouts) == 1 and "sizePerThread = [1, 1, 1]" in layouts[0] and lanes in layouts[0]
     products = [line for line in binary.asm["ttgir"].splitlines() if "mma.sync" in line]
     assert products and all("#blocked>" in line for line in products)
+
+
+@pytest.mark.parametrize(
+    ("kind", "short", "instruction"),
+    [("codebook", True, "LDS"), ("affine4", False, "LOP3"), ("affine3", False, "LOP3")],
+)
+def test_two_products_decode_once(kind: Kind, short: bool, instruction: str) -> None:
+    """Look-ups, or what masks codes out, as often as for one product; sums of warps are read for each."""
+    one, two = (
+        [
+            f" {line}"
+            for line in disassembled(build(kind, short, FewRowsConfig(4, 2, blocks=blocks), 90).asm["cubin"])
+        ]
+        for blocks in (1, 2)
+    )
+    matrix, decoding = (
+        [sum(name in line for line in lines) for lines in (one, two)] for name in (" HMMA", instruction)
+    )
+    assert matrix[1] == 2 * matrix[0]
+    sums = 16 if instruction == "LDS" else 0  # four numbers of four warps
+    assert decoding[1] - sums <= 1.1 * decoding[0]
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
