@@ -1,11 +1,12 @@
-"""Times of `wide_hopper_kernel` by tile and parts of K, beside the route before it and dense (sm_90).
+"""Times of `wide_hopper_kernel` by tile and how tiles are shared, beside the route before it and dense (sm_90).
 
     python scripts/bench_wide_gpu.py --form affine-4g128 --form nf4 --shape 4096x4096 --shape 14336x4096 \
-        --rows 64,512,1024 [--tiles 64,128,256] [--parts 1,2,4] [--jobs 12]
+        --rows 64,512,1024 [--tiles 64,128,256] [--jobs 12]
 
 One line a cell: us of torch's product on the dense weight, of the op without this kernel (other fused kernels, or
-dequantize and BLAS), and of every tile and cut; `<` marks what the op's plan takes. Medians of captured graphs over
-copies of the weight that overflow the L2 cache. `--jobs` processes compile before the clock starts.
+dequantize and BLAS), and of every tile, as rows/whole tiles/programs that share the rest; `<` marks what the op's plan
+takes. Medians of captured graphs over copies of the weight that overflow the L2 cache. `--jobs` processes compile
+before the clock starts.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import Tensor
 from quantkit.encoding import PackedWeight, dequantize
 from quantkit.kernels import bench, launch, launch_weight, sliced, wide_hopper_launch
 from quantkit.kernels.bench_cases import random_weight, run_op
-from quantkit.kernels.wide_hopper_plan import MOST_PARTS, TILES, choose, cut
+from quantkit.kernels.wide_hopper_plan import BN, TILES, choose, share, ways
 
 #: Bytes of codes that take turns.
 COLD_BYTES = 160 << 20
@@ -39,7 +40,7 @@ def compile_kernel(form: str, rows: int) -> str:
         weight = launch_weight.of(random_weight(form, 256, 1024, torch.device("cuda")))
         assert weight.kind in wide_hopper_launch.KINDS, "the kernel has no decoding for it"
         x = torch.randn(rows, 1024, device="cuda", dtype=torch.bfloat16)
-        wide_hopper_launch.launch_wide(x, weight, None, cut(rows, 256, 1024, 132, rows, 2))
+        wide_hopper_launch.launch_wide(x, weight, None, share(rows, 256, 1024, 3, rows, 0, 3))
         torch.cuda.synchronize()
     except Exception as error:
         return f"{form}, {rows} rows: {type(error).__name__}: {error}"[:300]
@@ -61,7 +62,7 @@ def copies(form: str, n: int, k: int) -> list[PackedWeight]:
     ]
 
 
-def measure(form: str, n: int, k: int, rows: list[int], tiles: list[int], parts: list[int]) -> None:
+def measure(form: str, n: int, k: int, rows: list[int], tiles: list[int]) -> None:
     packed = copies(form, n, k)
     weights, dense = [launch_weight.of(p) for p in packed], [dequantize(packed[0], torch.bfloat16)]
     if dense[0].numel() < 9e7:
@@ -77,15 +78,18 @@ def measure(form: str, n: int, k: int, rows: list[int], tiles: list[int], parts:
             before = microseconds([run_op(p) for p in packed], x)
         taken = choose(m, n, k, cost, units)
         cells, seen = [], set()
-        for high, count in product(tiles or [min((t for t in TILES if t >= m), default=256)], parts):
-            plan = cut(m, n, k, units, high, count)
-            if plan in seen:
-                continue
-            seen.add(plan)
-            us = microseconds(
-                [lambda x, w=w, p=plan: wide_hopper_launch.launch_wide(x, w, None, p) for w in weights], x
-            )
-            cells.append(f"{plan.rows}/{plan.parts} {us:.1f}{'<' if plan == taken else ''}")
+        for high in tiles or [min((t for t in TILES if t >= m), default=256)]:
+            for whole, sharers in ways(-(-n // BN) * -(-m // high), units):
+                plan = share(m, n, k, units, high, whole, sharers)
+                if plan in seen:
+                    continue
+                seen.add(plan)
+                us = microseconds(
+                    [lambda x, w=w, p=plan: wide_hopper_launch.launch_wide(x, w, None, p) for w in weights], x
+                )
+                cells.append(
+                    f"{plan.rows}/{plan.whole}/{plan.sharers} {us:.1f}{'<' if plan == taken else ''}"
+                )
         print(
             f"{form} {n}x{k} M={m}: dense {on_dense:.1f}, before {before:.1f}, {', '.join(cells)}", flush=True
         )
@@ -99,15 +103,12 @@ def main() -> int:
     parser.add_argument("--shape", action="append")
     parser.add_argument("--rows", default="64,512,1024")
     parser.add_argument("--tiles", default="", help="rows of x per tile (default: the plan's)")
-    parser.add_argument("--parts", default=",".join(map(str, range(1, MOST_PARTS + 1))))
     parser.add_argument("--jobs", type=int, default=1)
     given = parser.parse_args()
     if not torch.cuda.is_available() or launch.target() != ("cuda", 90):
         print("no device of sm_90: nothing measured")
         return 2
-    rows, tiles, parts = (
-        [int(v) for v in text.split(",") if v] for text in (given.rows, given.tiles, given.parts)
-    )
+    rows, tiles = ([int(v) for v in text.split(",") if v] for text in (given.rows, given.tiles))
     forms = given.form or ["affine-4g128"]
     needed = tiles or sorted({min((t for t in TILES if t >= m), default=256) for m in rows})
     with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
@@ -118,7 +119,7 @@ def main() -> int:
     for form in forms:
         for shape in given.shape or ["4096x4096"]:
             n, k = map(int, shape.split("x"))
-            measure(form, n, k, rows, tiles, parts)
+            measure(form, n, k, rows, tiles)
     return 0
 
 

@@ -2,8 +2,8 @@
 
     python scripts/check_wide_gpu.py [--jobs 12]
 
-Every kind of weight, number of rows of x per tile and cut of K, in bf16 and fp16. Most of the time is compilation,
-which `--jobs` processes share. Exits with 1 where a case fails.
+Every kind of weight, number of rows of x per tile and way to share tiles, in bf16 and fp16. Most of the time is
+compilation, which `--jobs` processes share. Exits with 1 where a case fails.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from quantkit.kernels import (
     wide_hopper_launch,
 )
 from quantkit.kernels.bench_cases import random_weight
-from quantkit.kernels.wide_hopper_plan import Plan, cut, plan
+from quantkit.kernels.wide_hopper_plan import BN, Plan, plan, share
 
 #: Groups of a step, of a turn (two steps), longer, of a row; float zeros; tails of N; odd numbers of steps and turns.
 CASES = (
@@ -39,12 +39,13 @@ CASES = (
     ("hqq-3g64", 1032, 1024), ("affine-3g192", 64, 384), ("affine-3g640", 264, 640), ("affine-3g64", 392, 128),
     ("affine-3g128", 4096, 4096), ("affine-2g64", 520, 576), ("hqq-2g64", 264, 640), ("ternary", 1032, 1024),
 )  # fmt: skip
-#: Rows of x, of x per tile, parts of K.
+#: Rows of x, of x per tile, programs (0: one for each multiprocessor), whole tiles for each, sharers of the rest.
 PLANS = (
-    (1, 16, 1), (9, 16, 3), (40, 32, 2), (64, 64, 1), (100, 64, 2), (129, 128, 5), (300, 256, 2), (1024, 256, 1),
-    (1024, 256, 3),
+    (1, 16, 0, 0, 200), (9, 16, 7, 0, 7), (40, 32, 4, 1, 3), (40, 32, 0, 0, 200), (64, 64, 0, 9, 1),
+    (100, 64, 0, 0, 200), (30, 32, 5, 0, 5), (129, 128, 3, 0, 3), (300, 256, 0, 0, 200), (300, 256, 3, 1, 2),
+    (1024, 256, 0, 9, 1), (1024, 256, 0, 0, 200), (1024, 256, 5, 1, 4),
 )  # fmt: skip
-#: Relative to the norm: the rounding of W and of the result.
+#: Relative to the norm of many numbers: the rounding of W and of the result.
 LIMITS = {torch.bfloat16: 2e-3, torch.float16: 2.5e-4}
 
 
@@ -86,16 +87,18 @@ def check_plans(
     """Products of random rows with float64 `weight [inputs, outputs]` by every plan; the worst error."""
     (k, n), worst, device = weight.shape, 0.0, weight.device
     units = sliced.multiprocessors(device)
-    for rows, high, parts in PLANS:
+    for rows, high, programs, each, sharers in PLANS:
+        tiles, programs = -(-n // BN) * -(-rows // high), min(programs or units, units)
         x = torch.randn(rows, k, device=device, dtype=dtype)
-        chosen = cut(rows, n, k, units, high, parts)
+        chosen = share(rows, n, k, programs, high, min(tiles, programs * each), min(sharers, programs))
         got = launch(x, chosen)
         assert all(torch.equal(got, launch(x, chosen)) for _ in range(20)), (
             f"runs differ: {rows} rows, {chosen}"
         )
         want = x.double() @ weight + (0 if bias is None else bias)
         error = float((got.double() - want).norm() / want.norm())
-        assert error < LIMITS[dtype], f"{error:.1e}: {rows} rows, {chosen}"
+        # Of few numbers it varies: by a quarter for 64.
+        assert error < LIMITS[dtype] * (1 + 2 / got.numel() ** 0.5), f"{error:.1e}: {rows} rows, {chosen}"
         worst = max(worst, error)
     return worst
 

@@ -17,8 +17,9 @@ were then wrong without a warning. `tests/kernels/test_wide_hopper.py` looks for
 reason the loop ends with a wait for a barrier that has already been passed: it ends the basic block, without
 which ptxas moves the decoding behind the wait for the product.
 
-Where tiles leave the last wave of multiprocessors half empty, its tiles are cut into parts of K. A part leaves its sums
-in float32; `wide_hopper_parts.sum_parts_kernel` adds them in order, so every run gives the same bits.
+Where tiles leave the last wave of multiprocessors half empty, programs share the steps of its tiles evenly, after
+whole tiles (stream-K: Osama et al., arXiv:2301.03598). A part of a tile leaves its sums in float32; whoever comes last
+adds them in the order of K (`wide_hopper_parts`), so every run gives the same bits.
 
 A buffer of codes is given back to TMA without a fence between the proxies: every code was decoded, so read, before
 the product that the release waits for. (The fence waits for loads of scales in flight as well: 2 to 5 %.)
@@ -51,6 +52,7 @@ from quantkit.kernels.wide_hopper_decode import (
     rows_layout,
     words_layout,
 )
+from quantkit.kernels.wide_hopper_parts import add_parts, leave_part
 from quantkit.kernels.wide_hopper_planes import words_of_step
 
 
@@ -65,25 +67,63 @@ def tile(t, M, N, BN: gl.constexpr, BM: gl.constexpr, TOGETHER: gl.constexpr):
 
 
 @gluon.jit
-def unit_of_work(
-    u, plan, M, N, K, BN: gl.constexpr, BM: gl.constexpr, BK: gl.constexpr, TOGETHER: gl.constexpr
-):
-    """Unit `u` of work: first row of W, of x, first step of K, the step behind the last."""
-    whole, parts, each = plan
-    steps = gl.cdiv(K, 2 * BK) * 2
-    cut = u - whole
-    t = gl.where(cut < 0, u, whole + cut // parts)
-    begin = gl.where(cut < 0, 0, cut % parts * each)
-    end = gl.where(cut < 0, steps, gl.minimum(begin + each, steps))
-    n0, m0 = tile(t, M, N, BN, BM, TOGETHER)
-    return n0, m0, begin, end
+def _shared_turns(plan, tiles, turns):
+    """Of the turns of the shared tiles, one after another: this program's first, and the first behind its own."""
+    whole, sharers = plan
+    every = (tiles - whole) * turns
+    program = gl.minimum(gl.program_id(0), sharers)
+    return program * every // sharers, gl.minimum(program + 1, sharers) * every // sharers
 
 
 @gluon.jit
-def units_of_work(plan, M, N, BN: gl.constexpr, BM: gl.constexpr):
-    """How many units of work there are."""
-    whole, parts, _ = plan
-    return whole + (gl.cdiv(N, BN) * gl.cdiv(M, BM) - whole) * parts
+def _own(plan):
+    """How many whole tiles this program takes: its number is the first's, all programs' from one to the next."""
+    return gl.cdiv(plan[0] - gl.program_id(0), gl.num_programs(0))
+
+
+@gluon.jit
+def units_of_work(plan, M, N, K, BN: gl.constexpr, BM: gl.constexpr, BK: gl.constexpr):
+    """How many units of work this program has: whole tiles, and tiles of which it has some turns or all."""
+    turns = gl.cdiv(K, 2 * BK)
+    begin, end = _shared_turns(plan, gl.cdiv(N, BN) * gl.cdiv(M, BM), turns)
+    return _own(plan) + gl.cdiv(end, turns) - begin // turns
+
+
+@gluon.jit
+def unit_of_work(
+    u, plan, M, N, K, BN: gl.constexpr, BM: gl.constexpr, BK: gl.constexpr, TOGETHER: gl.constexpr
+):
+    """Unit `u` of work: its tile; first row of W, of x, first step of K, the step behind the last."""
+    turns = gl.cdiv(K, 2 * BK)
+    begin, end = _shared_turns(plan, gl.cdiv(N, BN) * gl.cdiv(M, BM), turns)
+    shared = u - _own(plan)
+    t = gl.program_id(0) + u * gl.num_programs(0)
+    first = 0
+    behind = turns
+    if shared >= 0:
+        t = begin // turns + shared
+        first = gl.maximum(begin - t * turns, 0)
+        behind = gl.minimum(end - t * turns, turns)
+        t += plan[0]
+    n0, m0 = tile(t, M, N, BN, BM, TOGETHER)
+    return t, n0, m0, 2 * first, 2 * behind
+
+
+@gluon.jit
+def parts_of(t, plan, begin, end, M, N, K, BN: gl.constexpr, BM: gl.constexpr, BK: gl.constexpr):
+    """Are the steps `begin` to `end` all of tile `t`? If not: where their sums go, the tile among those that are
+    shared, how many parts it has, where the first one's sums are, and the second's (the others' behind it, two from
+    one to the next)."""
+    whole, sharers = plan
+    turns = gl.cdiv(K, 2 * BK)
+    alone = (begin == 0) & (end == 2 * turns)
+    # A program has two places: for the end of a tile that another began, and for one that it leaves to another.
+    mine = 2 * gl.program_id(0) + gl.where(begin == 0, 1, 0)
+    # Program p begins at p * every // sharers.
+    every = gl.maximum((gl.cdiv(N, BN) * gl.cdiv(M, BM) - whole) * turns, 1)
+    low = (((t - whole) * turns + 1) * sharers - 1) // every
+    high = (((t - whole) * turns + turns) * sharers - 1) // every
+    return alone, (mine, t - whole, high - low + 1, 2 * low + 1, 2 * low + 2)
 
 
 @gluon.jit
@@ -147,8 +187,8 @@ def _copy(
     CODES: gl.constexpr = codes_desc[0].block_type.nbytes + HIGH
     stage = 0
     phase = 1
-    for u in range(gl.program_id(0), units_of_work(plan, M, N, BN, BM), gl.num_programs(0)):
-        n0, m0, begin, end = unit_of_work(u, plan, M, N, K, BN, BM, BK, TOGETHER)
+    for u in range(units_of_work(plan, M, N, K, BN, BM, BK)):
+        _, n0, m0, begin, end = unit_of_work(u, plan, M, N, K, BN, BM, BK, TOGETHER)
         for i in range(begin, end):
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
@@ -189,7 +229,7 @@ def _multiply(
     PART: gl.constexpr,
 ):
     """Warpgroup PART: its half of the rows of every tile of W."""
-    scale_ptr, zero_ptr, lut_ptr, bias_ptr, parts_ptr = packed
+    scale_ptr, zero_ptr, lut_ptr, bias_ptr, parts_ptr, arrived_ptr = packed
     x_s, _, y_s, full, empty = buffers
     M, N, K, groups, scale_rows = sizes
     DTYPE: gl.constexpr = x_s.dtype
@@ -208,8 +248,8 @@ def _multiply(
     y = y_s.index(PART)
     stage = 0
     phase = 0
-    for u in range(gl.program_id(0), units_of_work(plan, M, N, BN, BM), gl.num_programs(0)):
-        n0, m0, begin, end = unit_of_work(u, plan, M, N, K, BN, BM, BK, TOGETHER)
+    for u in range(units_of_work(plan, M, N, K, BN, BM, BK)):
+        t, n0, m0, begin, end = unit_of_work(u, plan, M, N, K, BN, BM, BK, TOGETHER)
         n0 += PART * ROWS
         at = gl.minimum(n0 + gl.arange(0, ROWS, ROW), N - 1) // scale_rows * groups
         scale_0, zero_0 = load_factors(scale_ptr, zero_ptr, at, begin, groups, BK, GROUP, KIND)
@@ -257,24 +297,26 @@ def _multiply(
         if ROW_SCALES:
             row_of_w = gl.minimum(n0 + gl.arange(0, ROWS, gl.SliceLayout(1, SUM)), N - 1)
             acc = acc * gl.expand_dims(gl.load(scale_ptr + row_of_w // scale_rows).to(gl.float32), 1)
-        cut = u - plan[0]
-        if cut < 0:
+        complete, places = parts_of(t, plan, begin, end, M, N, K, BN, BM, BK)
+        if complete:
             if HAS_BIAS:
                 n = n0 + gl.arange(0, ROWS, gl.SliceLayout(1, SUM))
                 bias = gl.load(bias_ptr + gl.minimum(n, N - 1)).to(gl.float32)
                 acc = acc + gl.expand_dims(bias, 1)
             tma.store_wait(0)
             y.permute((1, 0)).store(acc.to(DTYPE))
+        else:
+            complete = leave_part(acc, parts_ptr, arrived_ptr, places, PART, BN, BM, ROWS, SUM)
+            if complete:
+                tma.store_wait(0)
+                add_parts(y, parts_ptr, bias_ptr, n0, N, places, PART, BN, BM, ROWS, HAS_BIAS)
+        if complete:
             fence_async_shared()
             tma.async_copy_shared_to_global(y_desc, [m0, n0], y)
-        else:
-            of_x = gl.expand_dims(gl.arange(0, BM, gl.SliceLayout(0, SUM)), 0)
-            of_w = gl.expand_dims(PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, SUM)), 1)
-            gl.store(parts_ptr + cut * (BM * BN) + of_x * BN + of_w, acc)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["M", "N", "K", "groups", "scale_rows", "whole", "parts", "each"])
+@gluon.jit(do_not_specialize=["M", "N", "K", "groups", "scale_rows", "whole", "sharers"])
 def wide_hopper_kernel(
     x_desc,
     w_desc,
@@ -285,14 +327,14 @@ def wide_hopper_kernel(
     lut_ptr,
     bias_ptr,
     parts_ptr,
+    arrived_ptr,
     M,
     N,
     K,
     groups,
     scale_rows,
     whole,
-    parts,
-    each,
+    sharers,
     GROUP: gl.constexpr,
     BN: gl.constexpr,
     BM: gl.constexpr,
@@ -306,9 +348,10 @@ def wide_hopper_kernel(
     """y `[M, N]` of x `[M, K]`, words of codes `[N, words of K]` and scales, zeros `[N / scale_rows, groups]`.
 
     2 and 3 bits: `w_desc` is for low planes, two steps a block; 3 bits have `high_desc` for high planes (else None).
-    GROUP is a multiple of BK, or 0: one group per row. Tiles from `whole` on are cut into `parts` of `each` steps of
-    K (an even number), whose sums go to `parts_ptr`, float32 `[tiles - whole, parts, BM, BN]`.
-    Grid: (min(multiprocessors, units of work),); 4 warps.
+    GROUP is a multiple of BK, or 0: one group per row. `whole` tiles are given out one by one; the first
+    `sharers` programs share the others' steps evenly, a turn for each or more. Sums of parts go to `parts_ptr`, float32
+    `[2 * sharers, BM, BN]`; `arrived_ptr`: int32 `[tiles - whole, 2]`, zeros before and after.
+    Grid: (programs,), `sharers` at least; 4 warps.
     """
     x_s = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BM, BK], x_desc.layout)
     gl.static_assert(STAGES % 2 == 0)
@@ -327,52 +370,16 @@ def wide_hopper_kernel(
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
-    packed = (scale_ptr, zero_ptr, lut_ptr, bias_ptr, parts_ptr)
+    packed = (scale_ptr, zero_ptr, lut_ptr, bias_ptr, parts_ptr, arrived_ptr)
     buffers = (x_s, codes_s, y_s, full, empty)
     sizes = (M, N, K, groups, scale_rows)
-    plan = (whole, parts, each)
+    plan = (whole, sharers)
     gl.warp_specialize(
         [
-            (
-                _multiply,
-                (
-                    y_desc,
-                    packed,
-                    buffers,
-                    sizes,
-                    plan,
-                    GROUP,
-                    BN,
-                    BM,
-                    BK,
-                    STAGES,
-                    TOGETHER,
-                    KIND,
-                    HAS_BIAS,
-                    0,
-                ),
-            ),
-            (
-                _multiply,
-                (
-                    y_desc,
-                    packed,
-                    buffers,
-                    sizes,
-                    plan,
-                    GROUP,
-                    BN,
-                    BM,
-                    BK,
-                    STAGES,
-                    TOGETHER,
-                    KIND,
-                    HAS_BIAS,
-                    1,
-                ),
-            ),
+            (_multiply, (y_desc, packed, buffers, sizes, plan, GROUP, BN, BM, BK, STAGES, TOGETHER, KIND, HAS_BIAS, 0)),
+            (_multiply, (y_desc, packed, buffers, sizes, plan, GROUP, BN, BM, BK, STAGES, TOGETHER, KIND, HAS_BIAS, 1)),
             (_copy, (x_desc, codes_desc, buffers, sizes, plan, BN, BM, BK, STAGES, TOGETHER, KIND)),
         ],
         [4, 1],
-        [REGISTERS, 24],
-    )
+        [REGISTERS, 40],
+    )  # fmt: skip

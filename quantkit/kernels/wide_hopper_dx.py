@@ -23,9 +23,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from quantkit.kernels.wide_hopper import advance, unit_of_work, units_of_work
+from quantkit.kernels.wide_hopper import advance, parts_of, unit_of_work, units_of_work
 from quantkit.kernels.wide_hopper_decode import is_affine, offsets, one_addition
 from quantkit.kernels.wide_hopper_dx_decode import decode_columns, in_order, lane_table, sets_of, units_layout
+from quantkit.kernels.wide_hopper_parts import add_parts, leave_part
 
 
 @gluon.jit
@@ -47,8 +48,8 @@ def _copy(
     UNIT: gl.constexpr = BN // w_desc.block_type.shape[1]
     stage = 0
     phase = 1
-    for u in range(gl.program_id(0), units_of_work(plan, M, K, BN, BM), gl.num_programs(0)):
-        k0, m0, begin, end = unit_of_work(u, plan, M, K, N, BN, BM, BS, TOGETHER)
+    for u in range(units_of_work(plan, M, K, N, BN, BM, BS)):
+        _, k0, m0, begin, end = unit_of_work(u, plan, M, K, N, BN, BM, BS, TOGETHER)
         for i in range(begin, end):
             mbarrier.wait(empty.index(stage), phase)
             bar = full.index(stage)
@@ -63,7 +64,7 @@ def _load_groups(
     packed, sizes, k0, step, BN: gl.constexpr, BS: gl.constexpr, GROUP: gl.constexpr, KIND: gl.constexpr
 ):
     """Scales and zeros of a step's rows of W, for the groups of both halves of the tile."""
-    scale_ptr, zero_ptr, _, _ = packed
+    scale_ptr, zero_ptr, _, _, _ = packed
     _, N, _, groups, scale_rows = sizes
     LINE: gl.constexpr = gl.BlockedLayout([1], [32], [BS // 32], [0])
     at = gl.minimum(step * BS + gl.arange(0, BS, LINE), N - 1) // scale_rows * groups
@@ -138,8 +139,8 @@ def _prepare(
     SETS: gl.constexpr = sets_of(GROUP, BN)
     stage = 0
     phase = 1
-    for u in range(gl.program_id(0), units_of_work(plan, M, K, BN, BM), gl.num_programs(0)):
-        k0, _, begin, end = unit_of_work(u, plan, M, K, N, BN, BM, BS, TOGETHER)
+    for u in range(units_of_work(plan, M, K, N, BN, BM, BS)):
+        _, k0, _, begin, end = unit_of_work(u, plan, M, K, N, BN, BM, BS, TOGETHER)
         g0 = _load_groups(packed, sizes, k0, begin, BN, BS, GROUP, KIND)
         g1 = _load_groups(packed, sizes, k0, begin + 1, BN, BS, GROUP, KIND)
         g2 = _load_groups(packed, sizes, k0, begin + 2, BN, BS, GROUP, KIND)
@@ -173,7 +174,7 @@ def _multiply(
     PART: gl.constexpr,
 ):
     """Warpgroup PART: its half of the columns of every tile of W."""
-    scale_ptr, zero_ptr, lut_ptr, parts_ptr = packed
+    scale_ptr, zero_ptr, lut_ptr, parts_ptr, arrived_ptr = packed
     dy_s, _, _, _, y_s, full, empty = buffers
     M, N, K, _, _ = sizes
     DTYPE: gl.constexpr = dy_s.dtype
@@ -189,8 +190,8 @@ def _multiply(
     y = y_s.index(PART)
     stage = 0
     phase = 0
-    for u in range(gl.program_id(0), units_of_work(plan, M, K, BN, BM), gl.num_programs(0)):
-        k0, m0, begin, end = unit_of_work(u, plan, M, K, N, BN, BM, BS, TOGETHER)
+    for u in range(units_of_work(plan, M, K, N, BN, BM, BS)):
+        t, k0, m0, begin, end = unit_of_work(u, plan, M, K, N, BN, BM, BS, TOGETHER)
         mbarrier.wait(full.index(stage), phase)
         a = decode_columns(buffers, stage, table, ZERO, SCALE, SETS, KIND, DTYPE, LAYOUT, OPERAND, PART)
         acc = gl.zeros((ROWS, BM), gl.float32, SUM)
@@ -213,21 +214,23 @@ def _multiply(
             acc, a = warpgroup_mma_wait(0, deps=(acc, a))
             mbarrier.arrive(empty.index(other), count=1)
         ordered = in_order(acc, WIDE)
-        cut = u - plan[0]
-        if cut < 0:
+        complete, places = parts_of(t, plan, begin, end, M, K, N, BN, BM, BS)
+        if complete:
             tma.store_wait(0)
             y.permute((1, 0)).store(ordered.to(DTYPE))
-            fence_async_shared()
-            tma.async_copy_shared_to_global(dx_desc, [m0, k0 + PART * ROWS], y)
         else:
             WHERE: gl.constexpr = ordered.type.layout
-            of_dy = gl.expand_dims(gl.arange(0, BM, gl.SliceLayout(0, WHERE)), 0)
-            of_w = gl.expand_dims(PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, WHERE)), 1)
-            gl.store(parts_ptr + cut * (BM * BN) + of_dy * BN + of_w, ordered)
+            complete = leave_part(ordered, parts_ptr, arrived_ptr, places, PART, BN, BM, ROWS, WHERE)
+            if complete:
+                tma.store_wait(0)
+                add_parts(y, parts_ptr, parts_ptr, k0, K, places, PART, BN, BM, ROWS, False)
+        if complete:
+            fence_async_shared()
+            tma.async_copy_shared_to_global(dx_desc, [m0, k0 + PART * ROWS], y)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["M", "N", "K", "groups", "scale_rows", "whole", "parts", "each"])
+@gluon.jit(do_not_specialize=["M", "N", "K", "groups", "scale_rows", "whole", "sharers"])
 def wide_hopper_dx_kernel(
     dy_desc,
     w_desc,
@@ -236,14 +239,14 @@ def wide_hopper_dx_kernel(
     zero_ptr,
     lut_ptr,
     parts_ptr,
+    arrived_ptr,
     M,
     N,
     K,
     groups,
     scale_rows,
     whole,
-    parts,
-    each,
+    sharers,
     GROUP: gl.constexpr,
     BN: gl.constexpr,
     BM: gl.constexpr,
@@ -256,9 +259,8 @@ def wide_hopper_dx_kernel(
 ):
     """dx `[M, K]` of dy `[M, N]`, units of codes int16 `[N, units of K]` and scales, zeros `[N / scale_rows, groups]`.
 
-    GROUP is a multiple of 64, or 0: one group per row. Tiles from `whole` on are cut into `parts` of `each` steps of
-    N (an even number), whose sums go to `parts_ptr`, float32 `[tiles - whole, parts, BM, BN]`.
-    Grid: (min(multiprocessors, units of work),); 4 warps.
+    GROUP is a multiple of 64, or 0: one group per row. `whole`, `sharers`, `parts_ptr`, `arrived_ptr` and the grid as
+    for `wide_hopper_kernel`; 4 warps.
     """
     UNITS: gl.constexpr = w_desc.block_type.shape[1]
     LINES: gl.constexpr = STAGES * sets_of(GROUP, BN)
@@ -274,10 +276,10 @@ def wide_hopper_dx_kernel(
         mbarrier.init(full.index(i), count=2)
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
-    packed = (scale_ptr, zero_ptr, lut_ptr, parts_ptr)
+    packed = (scale_ptr, zero_ptr, lut_ptr, parts_ptr, arrived_ptr)
     buffers = (dy_s, w_s, s_s, z_s, y_s, full, empty)
     sizes = (M, N, K, groups, scale_rows)
-    plan = (whole, parts, each)
+    plan = (whole, sharers)
     gl.warp_specialize(
         [
             (

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from quantkit.kernels import sliced
+from quantkit.kernels.arrivals import arrivals
 from quantkit.kernels.launch import cdiv
 from quantkit.kernels.launch_weight import Kind, LaunchWeight
 from quantkit.kernels.wide_hopper_launch import (
@@ -22,7 +23,6 @@ from quantkit.kernels.wide_hopper_launch import (
     bits,
     covers_weight,
     run,
-    sum_parts,
     unless_refused,
 )
 from quantkit.kernels.wide_hopper_plan import BN, TILES, Plan, choose_gradient
@@ -77,15 +77,15 @@ def launch_dx(grad: Tensor, weight: LaunchWeight, k: int, chosen: Plan) -> Tenso
     unit = 16 // bits(kind)
     units = codes.view(torch.int16)
     of_rows, of_units = layouts(kind)
-    bm, whole, parts, each, multiprocessors, _ = chosen
-    cut = cdiv(k, BN) * cdiv(m, bm) - whole
-    grid = (min(multiprocessors, whole + cut * parts), 1, 1)
-    sums = grad.new_empty((cut, parts, bm, BN), dtype=torch.float32) if cut else out
+    bm, whole, sharers, programs, _ = chosen
+    left = cdiv(k, BN) * cdiv(m, bm) - whole
+    sums = grad.new_empty((2 * sharers, bm, BN), dtype=torch.float32) if left else out
     pointers = (
         scale,
         zero if zero is not None else scale,
         lut if lut is not None else scale,
         sums,
+        arrivals(2 * left, grad.device),
     )
     arguments = (
         TensorDescriptor(grad, [m, n], [grad.stride(0), 1], [bm, BS], of_rows),
@@ -98,8 +98,7 @@ def launch_dx(grad: Tensor, weight: LaunchWeight, k: int, chosen: Plan) -> Tenso
         cdiv(k, group) if group else 1,
         scale_rows,
         whole,
-        parts,
-        each,
+        sharers,
     )
     constants = (
         group,
@@ -112,9 +111,7 @@ def launch_dx(grad: Tensor, weight: LaunchWeight, k: int, chosen: Plan) -> Tenso
         OF_PRODUCTS,
         OF_OTHERS,
     )
-    run(wide_hopper_dx_kernel, grid, grad, pointers, arguments, constants)
-    if cut:
-        sum_parts(sums, None, out, whole)
+    run(wide_hopper_dx_kernel, (programs, 1, 1), grad, pointers, arguments, constants)
     return out if perm is None else torch.empty_like(out).index_copy_(1, perm, out)
 
 

@@ -17,17 +17,15 @@ from torch import Tensor
 
 from quantkit.kernels import launch as device
 from quantkit.kernels import sliced
+from quantkit.kernels.arrivals import arrivals
 from quantkit.kernels.launch import cdiv
 from quantkit.kernels.launch_weight import Kind, LaunchWeight
-from quantkit.kernels.wide_hopper_parts import sum_parts_kernel
 from quantkit.kernels.wide_hopper_plan import BK, BN, TILES, Plan, choose
 
 #: Tiles of W that share the L2 cache.
 TOGETHER = 8
 #: Registers that a thread starts with, and that a multiplying one gets: three warpgroups share 65536.
-REGISTERS, OF_PRODUCTS = 168, 240
-#: Rows of y that a program of the second pass adds up.
-ROWS_OF_SUMS = 16
+REGISTERS, OF_PRODUCTS = 168, 232
 #: The decodings of `wide_hopper_kernel`: its `KIND`, as `wide_hopper_decode` (which imports Gluon) names them.
 KINDS: dict[Kind, int] = {"codebook": 0, "float8": 1, "affine2": 2, "affine3": 3, "affine4": 4, "affine8": 8}
 #: Of affine codes among them.
@@ -43,11 +41,7 @@ def multiply(x: Tensor, weight: LaunchWeight, bias: Tensor | None) -> Tensor | N
     """`x [M, K]` times the weight plus bias `[N]`: `[M, N]`, or None where another route is faster or must answer."""
     if _refused or not covers(x, weight):
         return None
-    units = sliced.multiprocessors(x.device)
-    # The other fused kernel takes 29 us for 32 rows and 4096 x 4096 of three bits, 12 of four (H100).
-    chosen = choose(
-        x.shape[0], weight.n, x.shape[1], decoding_cost(weight), units, slow=weight.kind == "affine3"
-    )
+    chosen = choose(x.shape[0], weight.n, x.shape[1], decoding_cost(weight), sliced.multiprocessors(x.device))
     return None if chosen is None else unless_refused(lambda: launch_wide(x, weight, bias, chosen))
 
 
@@ -137,16 +131,16 @@ def launch_wide(x: Tensor, weight: LaunchWeight, bias: Tensor | None, chosen: Pl
     row = k * bits(kind) // 32  # words of K inputs
     low, high = widths(kind)
     plane = row if high == 0 else k // 16
-    bm, whole, parts, each, units, _ = chosen
-    cut = cdiv(n, BN) * cdiv(m, bm) - whole
-    grid = (min(units, whole + cut * parts), 1, 1)
-    sums = x.new_empty((cut, parts, bm, BN), dtype=torch.float32) if cut else out
+    bm, whole, sharers, programs, _ = chosen
+    left = cdiv(n, BN) * cdiv(m, bm) - whole
+    sums = x.new_empty((2 * sharers, bm, BN), dtype=torch.float32) if left else out
     pointers = (
         scale,
         zero if zero is not None else scale,
         lut if lut is not None else scale,
         bias if bias is not None else x,
         sums,
+        arrivals(2 * left, x.device),
     )
     arguments = (
         TensorDescriptor(x, [m, k], [x.stride(0), 1], [bm, BK], of_x),
@@ -160,8 +154,7 @@ def launch_wide(x: Tensor, weight: LaunchWeight, bias: Tensor | None, chosen: Pl
         cdiv(k, group) if group else 1,
         scale_rows,
         whole,
-        parts,
-        each,
+        sharers,
     )
     constants = (
         group,
@@ -174,9 +167,7 @@ def launch_wide(x: Tensor, weight: LaunchWeight, bias: Tensor | None, chosen: Pl
         bias is not None,
         OF_PRODUCTS,
     )
-    run(wide_hopper_kernel, grid, x, pointers, arguments, constants)
-    if cut:
-        sum_parts(sums, bias, out, whole)
+    run(wide_hopper_kernel, (programs, 1, 1), x, pointers, arguments, constants)
     return out
 
 
@@ -202,27 +193,6 @@ def run(
         found[grid](*arguments, *constants)
     else:
         _compiled[key] = kernel[grid](*arguments, *constants, num_warps=4, maxnreg=REGISTERS)
-
-
-def sum_parts(sums: Tensor, bias: Tensor | None, out: Tensor, whole: int) -> None:
-    """Tiles of `out [M, N]` from `whole` on: float32 `sums [tiles, parts, BM, BN]` in order, plus bias `[N]`."""
-    cut, parts, height, width = sums.shape
-    device.launch(
-        sum_parts_kernel,
-        (cut * height // ROWS_OF_SUMS,),
-        sums,
-        bias if bias is not None else out,
-        out,
-        *out.shape,
-        whole,
-        parts,
-        BN=width,
-        BM=height,
-        TOGETHER=TOGETHER,
-        ROWS=ROWS_OF_SUMS,
-        HAS_BIAS=bias is not None,
-        num_warps=4,
-    )
 
 
 def bits(kind: Kind) -> int:

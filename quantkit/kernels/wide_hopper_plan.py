@@ -1,4 +1,4 @@
-"""Which tiles `wide_hopper_kernel` multiplies, in how many parts of K, and where it is the faster route.
+"""Which tiles `wide_hopper_kernel` multiplies, how programs share them, and where it is the faster route.
 
 All times are from an H100 (docs/benchmarks/kernels-h100.md), for bfloat16 and cold weights.
 """
@@ -25,22 +25,22 @@ class Tile(NamedTuple):
 
 #: By rows of x per tile.
 TILES = {
-    16: Tile(12, 0.32, 0.37),
-    32: Tile(12, 0.34, 0.38),
-    64: Tile(12, 0.39, 0.42),
+    16: Tile(12, 0.35, 0.37),
+    32: Tile(12, 0.36, 0.38),
+    64: Tile(12, 0.38, 0.42),
     128: Tile(8, 0.49, 0.55),
     256: Tile(4, 0.72, 0.92),
 }
-#: Most parts of K that a tile of the last wave is cut into, and what that costs: us for the second pass, for each
-#: part that a multiprocessor begins, and for a row of a part's sums.
+#: What it costs that programs share tiles: us for any; for each row of x of a part's sums that all multiprocessors
+#: write, and that the last to come reads.
+SHARING, WRITING, READING = 2.5, 0.0164, 0.0047
+#: Most parts of equal size that tiles are cut into.
 MOST_PARTS = 8
-SECOND_PASS, PER_ROUND, PER_ROW = 3.0, 1.5, 0.0002
 
 #: Up to so many rows the kernels without shared memory and `affine_gemm`, ... were faster.
 LEAST_ROWS = 16
-#: Up to ROWS the others were faster for weights of fewer values than FEW (4096 x 4096 against 6144 x 4096); of fewer
-#: than LEAST none was measured.
-ROWS, FEW, LEAST = 32, 3 << 23, 1 << 24
+#: Weights of fewer values were not measured.
+LEAST = 1 << 24
 #: Up to so many rows the alternative is a fused kernel, behind it BLAS on the dequantized weight.
 FUSED_ROWS = 128
 #: Most rows that were measured forward. (Dequantizing costs the same for any number, and weighs less and less.)
@@ -57,57 +57,71 @@ class Plan(NamedTuple):
     """A product's tiles, and how they are given out."""
 
     rows: int  #: of x per tile
-    whole: int  #: tiles that run through all of K; those behind them are cut
-    parts: int  #: into so many parts
-    each: int  #: of so many steps of BK inputs
-    units: int  #: multiprocessors
+    whole: int  #: tiles that programs take one by one
+    sharers: int  #: programs that share the steps of the others evenly
+    programs: int  #: at most one for each multiprocessor
     us: float  #: that all of it takes, with 4 bits in groups of 128
 
 
-def cut(m: int, n: int, k: int, units: int, rows: int, parts: int, gradient: bool = False) -> Plan:
-    """The plan with tiles of `rows` rows of x, those of the last wave in (at most) `parts` parts of K."""
-    tiles = cdiv(n, BN) * cdiv(m, rows)
-    left, turns = tiles % units, cdiv(k, 2 * BK)
-    whole, each = tiles - left, cdiv(turns, parts)
-    parts = cdiv(turns, each)
-    step = TILES[rows].dx_step if gradient else TILES[rows].step
-    if not left or parts == 1:
-        return Plan(rows, tiles, 1, 2 * turns, units, cdiv(tiles, units) * 2 * turns * step)
-    rounds = cdiv(left * parts, units)
-    cutting = SECOND_PASS + PER_ROUND * rounds + PER_ROW * rows * left * parts
-    us = (whole // units * turns + rounds * each) * 2 * step + cutting
-    return Plan(rows, whole, parts, 2 * each, units, us)
+def share(
+    m: int, n: int, k: int, units: int, rows: int, whole: int, sharers: int, gradient: bool = False
+) -> Plan:
+    """The plan with tiles of `rows` rows of x, of which `units` programs take `whole` one by one and `sharers` of them
+    (no more than have a turn each) share the rest."""
+    tiles, turns = cdiv(n, BN) * cdiv(m, rows), cdiv(k, 2 * BK)
+    turn = 2 * (TILES[rows].dx_step if gradient else TILES[rows].step)
+    left = tiles - whole
+    programs = min(units, max(tiles, sharers))
+    if left == 0:
+        return Plan(rows, tiles, 1, programs, cdiv(tiles, programs) * turns * turn)
+    sharers = min(sharers, left * turns)
+    us = (cdiv(whole, programs) * turns + cdiv(left * turns, sharers)) * turn
+    if left % sharers:
+        unequal = sharers % left > 0
+        most = cdiv(sharers, left) + unequal
+        # Parts of unequal size: a program has the end of one tile and the beginning of another.
+        us += SHARING + (1 + unequal) * rows * (WRITING + READING * most) * sharers / units
+    return Plan(rows, whole, sharers, programs, us)
 
 
 @lru_cache(maxsize=4096)
 def plan(m: int, n: int, k: int, units: int, gradient: bool = False) -> Plan:
-    """The tiles, and the parts that those of the last wave are cut into, that take the least time.
+    """The tiles, and how programs share those of the last wave, that take the least time.
 
-    A wave that is 40 % full takes as long as a full one; cut into two parts of K each, its tiles take half of that and
-    a second pass over their sums. Tiles of half the rows fill waves better, and decode W twice as often.
+    A wave that is 40 % full takes as long as a full one; shared by all, its tiles take 40 % of that and the time to
+    add up their sums: least where tiles are cut into parts of equal size. Tiles of half the rows fill waves better,
+    and decode W twice as often.
     """
     most = next((rows for rows in TILES if rows >= m), max(TILES))
-    candidates = (
-        cut(m, n, k, units, rows, parts, gradient)
-        for rows in TILES
-        if rows in (most // 2, most)
-        for parts in range(1, MOST_PARTS + 1)
-    )
-    return min(candidates, key=lambda p: p.us)
+    plans = []
+    for rows in TILES:
+        if rows in (most // 2, most):
+            tiles = cdiv(n, BN) * cdiv(m, rows)
+            plans += [share(m, n, k, units, rows, *way, gradient) for way in ways(tiles, units)]
+    return min(plans, key=lambda p: p.us)
 
 
-def choose(m: int, n: int, k: int, cost: float, units: int, slow: bool = False) -> Plan | None:
+def ways(tiles: int, units: int) -> list[tuple[int, int]]:
+    """(whole tiles, sharers of the rest) to choose from: nobody, all, or equal parts of a tile."""
+    whole = tiles // units * units
+    left = tiles - whole
+    return [(tiles, 1), (whole, units)] + [
+        (whole, left * parts) for parts in range(2, MOST_PARTS + 1) if left * parts <= units
+    ]
+
+
+def choose(m: int, n: int, k: int, cost: float, units: int) -> Plan | None:
     """The plan for `m` rows of x and `[n, k]` of W, or None where another route takes less time.
 
-    `cost`: what a step costs over one of 4 bits in groups of 128. `slow`: do the other fused kernels take twice as long
-    as for 4 bits? Beyond FUSED_ROWS the other route is BLAS, which takes the same time for a full tile, within 5 %.
-    What is lost here is the rest of the last wave of tiles; what is lost there is the time of dequantizing W.
+    `cost`: what a step costs over one of 4 bits in groups of 128. Beyond FUSED_ROWS the other route is BLAS, which
+    takes the same time for a full tile, within 5 %. What is lost here is the rest of the last wave of tiles; what is
+    lost there is the time of dequantizing W.
     """
     if not LEAST_ROWS < m <= MOST_ROWS or units == 0:
         return None
     chosen = plan(m, n, k, units)
     if m <= FUSED_ROWS:
-        return chosen if n * k >= (FEW if m <= ROWS and not slow else LEAST) else None
+        return chosen if n * k >= LEAST else None
     wave = cdiv(k, 2 * BK) * 2 * TILES[256].step
     blas = max(m * n / (256 * BN * units) * wave, 2 * n * k / BLAS_BYTES + BLAS_LEAST)
     return chosen if chosen.us * cost < blas + n / DEQUANTIZED_PER_WAVE * wave else None

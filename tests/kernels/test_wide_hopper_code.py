@@ -65,6 +65,7 @@ def test_compiled_code(
         "zero_ptr": f"*{zero}",
         "bias_ptr": f"*{dtype}",
         "parts_ptr": "*fp32",
+        "arrived_ptr": "*i32",
     }
     constants: dict[str, Any] = {
         "GROUP": group,

@@ -142,6 +142,7 @@ def test_compiled_code(rows: int, kind: Kind, dtype: str, group: int, scale: str
         "zero_ptr": f"*{zero}",
         "lut_ptr": "*fp32",
         "parts_ptr": "*fp32",
+        "arrived_ptr": "*i32",
     }
     constants: dict[str, Any] = {
         "GROUP": group,
