@@ -7,6 +7,7 @@ other call ever gets.
 
 from __future__ import annotations
 
+from functools import cache
 from threading import Lock
 
 import torch
@@ -25,6 +26,8 @@ _lock = Lock()
 
 def arrivals(count: int, device: torch.device) -> Tensor:
     """Zeros for `count` counters on `device`, for a launch on its current stream that leaves them zeros."""
+    if count == 0:
+        return _none(device)
     backend = torch.get_device_module(device)
     if backend.is_current_stream_capturing():
         return _for_capture(count, device)
@@ -38,6 +41,12 @@ def arrivals(count: int, device: torch.device) -> Tensor:
             found = torch.zeros(max(count, OF_STREAM), dtype=torch.int32, device=device)
             _streams[key] = found
     return found
+
+
+@cache
+def _none(device: torch.device) -> Tensor:
+    """For a launch that counts nothing: an address."""
+    return torch.zeros(4, dtype=torch.int32, device=device)
 
 
 def _for_capture(count: int, device: torch.device) -> Tensor:

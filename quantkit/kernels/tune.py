@@ -160,7 +160,7 @@ Products = Callable[[Any], list[Callable[[Tensor], Tensor]]]
 
 def _family(weights: list[PackedWeight], m: int) -> tuple[Any, Any, Any, Products]:
     """Name and bits of the weight's kernels, the shipped tile, and products with any other."""
-    from quantkit.kernels import codebook, codebook_tuning, float8, float8_tuning, tuning
+    from quantkit.kernels import codebook, codebook_tuning, float8_launch, float8_tuning, tuning
     from quantkit.kernels.affine_launch import AffineWeight, launch_gemm
     from quantkit.kernels.launch import large_shared_memory
 
@@ -188,7 +188,7 @@ def _family(weights: list[PackedWeight], m: int) -> tuple[Any, Any, Any, Product
 
     def eight(config: Any) -> list[Callable[[Tensor], Tensor]]:
         return [
-            lambda x, w=w: float8.launch_gemm(x, w.codes, w.scale, None, *tile, config)  # type: ignore[misc]
+            lambda x, w=w: float8_launch.launch_gemm(x, w.codes, w.scale, None, *tile, config)  # type: ignore[misc]
             for w in weights
         ]
 

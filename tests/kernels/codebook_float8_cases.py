@@ -27,6 +27,7 @@ from quantkit.kernels import (
     few_rows_launch,
     few_rows_tuning,
     float8,
+    float8_launch,
     float8_tuning,
     launch_weight,
     reference,
@@ -196,7 +197,7 @@ def float8_cases() -> Iterator[tuple[str, float]]:
                         q, s = float8.round_activation(x, activation, packed.input_scale, dtype)
                         scales = {"x_scale": s, "group": float8._GROUPS[activation]}
                     args = (q, packed.codes, packed.scale, bias, *block, config)
-                    got = float8.launch_gemm(*args, **scales)  # type: ignore[arg-type]
+                    got = float8_launch.launch_gemm(*args, **scales)  # type: ignore[arg-type]
                     rounded = reference.round_activation(x.float(), packed).double()
                     yield f"linear {name} {m} {config}", error(got, rounded, exact.T, bias, dtype)
             x = torch.randn(2, 3, k)
@@ -212,7 +213,7 @@ def float8_cases() -> Iterator[tuple[str, float]]:
         yield f"backward {name}", error(dx, grad, exact, None, torch.float32)
         grad = torch.randn(5, n).half()
         tile = tuning.BackwardConfig(16, 64, 16, split=2)
-        dx = float8.launch_backward(grad, packed.codes, packed.scale, *block, tile)
+        dx = float8_launch.launch_backward(grad, packed.codes, packed.scale, *block, tile)
         yield f"fused backward {name}", error(dx, grad, exact, None, torch.float16)
     every = torch.arange(256, dtype=torch.uint8).view(1, 256)
     dense = float8.dequantize_float8(every, torch.ones(1, 1), 1, 256, torch.float32)

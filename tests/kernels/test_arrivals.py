@@ -59,13 +59,20 @@ def test_launches_of_a_stream_share_counters_streams_do_not(backend: Backend) ->
 def test_what_is_captured_shares_with_nobody(backend: Backend) -> None:
     first = arrivals(10, DEVICE)
     backend.capturing = True
-    given = [arrivals(count, DEVICE) for count in (7, 184, 0, 9, 264)]
-    assert [g.numel() for g in given] == [7, 184, 0, 9, 264] and not any(bool(g.any()) for g in given)
+    given = [arrivals(count, DEVICE) for count in (7, 184, 9, 264)]
+    assert [g.numel() for g in given] == [7, 184, 9, 264] and not any(bool(g.any()) for g in given)
     taken: set[int] = set(where(first))
     for counters in given:
         assert not taken & set(where(counters)) and counters.data_ptr() % 16 == 0
         taken |= set(where(counters))
     assert arrivals(CAPTURED, DEVICE).numel() == CAPTURED, "none left: zeros of the graph's own"
+
+
+def test_who_counts_nothing_takes_nothing(backend: Backend) -> None:
+    assert arrivals(0, DEVICE).dtype == torch.int32
+    backend.capturing = True
+    arrivals(0, DEVICE)
+    assert not module._streams and not module._given and backend.waited == 0
 
 
 def test_a_capture_before_any_launch_has_zeros_of_its_own(backend: Backend) -> None:
