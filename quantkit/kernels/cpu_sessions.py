@@ -8,8 +8,9 @@ Weights reach it as external initializers over torch's memory, without a copy. `
 the order its instruction set wants: the one further copy of the codes, after which a B that had to be
 converted (widened codes) is freed. Inputs and outputs are bound by address.
 
-Threads: a layer is cut into pieces of its output rows, one single-threaded onnxruntime session each, and the
-pieces run on a few workers that all layers share (`cpu_workers`), so 300 layers do not start 600 threads.
+Threads: a layer is cut into pieces of its output rows, one single-threaded onnxruntime session each (a small layer is
+one piece, to which threads bring rows of x), and the pieces run on a few workers that all layers share
+(`cpu_workers`), so 300 layers do not start 600 threads.
 (onnxruntime's own global pool would be simpler, but once it exists every other session of the process that
 does not ask for it fails to build: not a library's decision to make.)
 
@@ -107,8 +108,15 @@ class Session:
                 _buffers_taken.release()
         x = x.float().contiguous()
         out = torch.empty((rows, self.out_features), dtype=torch.float32)
-        cpu_workers.run_all(self._jobs(x, out), self._threads)
-        return out if len(self._parts) == 1 else self._assembled(out, torch.empty_like(out))
+        if len(self._parts) > 1:
+            cpu_workers.run_all(self._jobs(x, out), self._threads)
+            return self._assembled(out, torch.empty_like(out))
+        threads = max(
+            1, min(torch.get_num_threads(), rows * self.out_features * self.in_features // SHARED_WORK)
+        )
+        shares = list(zip(x.tensor_split(threads), out.tensor_split(threads)))
+        cpu_workers.run_all([job for share in shares for job in self._jobs(*share)], threads)
+        return out
 
     def _jobs(self, x: Tensor, out: Tensor) -> list[cpu_workers.Job]:
         """One run per part, from `x [M, K]` to its own stretch of `out`'s memory."""
@@ -142,6 +150,9 @@ def _append_empty(argument: tuple[list[Tensor], Tensor]) -> None:
     argument[0].append(torch.empty_like(argument[1]))
 
 
+#: A weight of fewer values is one piece: to hand one over takes longer than half the product of a row. Threads share
+#: rows of x instead, where each has products of so many values.
+ONE_PIECE, SHARED_WORK = 1 << 21, 1 << 24
 #: Most rows that go through the shared buffers (4 * rows bytes for each width in a model, once).
 SHARED_ROWS = 8
 _buffers: dict[tuple[str, int], Tensor] = {}
@@ -165,7 +176,7 @@ def _pieces(node: Node) -> tuple[list[int], int]:
     """
     n, k = node.out_features, node.in_features
     threads = max(1, min(torch.get_num_threads(), n // 64, n * k >> 18))
-    if threads == 1:
+    if threads == 1 or n * k < ONE_PIECE:
         return [0], 1
     small = [0.05] if threads == 2 else [0.288 / threads, 0.192 / threads]
     shares = [(1 - sum(small)) / threads] * threads + small

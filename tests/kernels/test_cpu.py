@@ -7,6 +7,7 @@ import gc
 import pickle
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -324,17 +325,40 @@ def test_sessions_share_one_thread_pool() -> None:
 
 
 @needs_ort
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [1, 3, 9])
 def test_parts_on_several_threads(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer large enough is cut into parts of rows; the last one is shorter."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     x = torch.randn(rows, 1024)
-    for packed in (affine(1000, 1024, 4, 64), affine(1000, 1024, 8, 64)):
+    for packed in (affine(2060, 1024, 4, 64), affine(2060, 1024, 8, 64)):
         assert error(run(packed, x), packed, x) < FLOAT32
     (entry,) = cpu_sessions._entries.values()  # that of the weight that still lives: two planes
     # One piece for each thread, and two for whoever is free first.
     assert [len(session._parts) for session in entry.value.sessions] == [5, 5]
     assert cpu_workers.count() >= 2  # beside the caller's own thread
+
+
+@needs_ort
+@pytest.mark.parametrize(("rows", "jobs"), [(1, 1), (8, 1), (9, 1), (40, 2), (50, 3), (200, 3)])
+def test_threads_take_rows_of_x_where_a_layer_is_small(
+    rows: int, jobs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    given = []
+    run_all = cpu_workers.run_all
+
+    def counted(jobs: Any, threads: int, own: Any = None) -> None:
+        given.append((len(jobs), threads))
+        run_all(jobs, threads, own)
+
+    monkeypatch.setattr(cpu_workers, "run_all", counted)
+    packed, x = affine(1000, 1024, 4, 64), torch.randn(rows, 1024)
+    run(packed, torch.randn(1, 1024))
+    given.clear()
+    assert error(run(packed, x), packed, x) < FLOAT32
+    assert given == [(jobs, jobs)]
+    (entry,) = cpu_sessions._entries.values()
+    assert [len(session._parts) for session in entry.value.sessions] == [1]
 
 
 @needs_ort
