@@ -111,9 +111,8 @@ class Session:
         if len(self._parts) > 1:
             cpu_workers.run_all(self._jobs(x, out), self._threads)
             return self._assembled(out, torch.empty_like(out))
-        threads = max(
-            1, min(torch.get_num_threads(), rows * self.out_features * self.in_features // SHARED_WORK)
-        )
+        worth = rows * self.out_features * self.in_features // SHARED_WORK
+        threads = max(1, min(torch.get_num_threads(), rows, worth))
         shares = list(zip(x.tensor_split(threads), out.tensor_split(threads)))
         cpu_workers.run_all([job for share in shares for job in self._jobs(*share)], threads)
         return out

@@ -105,6 +105,8 @@ def ways(tiles: int, units: int) -> list[tuple[int, int]]:
     """(whole tiles, sharers of the rest) to choose from: nobody, all, or equal parts of a tile."""
     whole = tiles // units * units
     left = tiles - whole
+    if left == 0:
+        return [(tiles, 1)]
     return [(tiles, 1), (whole, units)] + [
         (whole, left * parts) for parts in range(2, MOST_PARTS + 1) if left * parts <= units
     ]

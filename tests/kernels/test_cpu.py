@@ -362,6 +362,24 @@ def test_threads_take_rows_of_x_where_a_layer_is_small(
 
 
 @needs_ort
+def test_no_thread_is_left_without_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few outputs of very long rows are one piece, and worth more threads than nine rows are."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr(cpu_sessions, "SHARED_WORK", 1000)
+    given = []
+
+    def counted(jobs: Any, threads: int, own: Any = None) -> None:
+        given.append((len(jobs), threads))
+        for function, argument in jobs:
+            function(argument)
+
+    monkeypatch.setattr(cpu_workers, "run_all", counted)
+    packed, x = affine(64, 1024, 4, 64), torch.randn(9, 1024)
+    assert error(run(packed, x), packed, x) < FLOAT32
+    assert given[-1] == (9, 9)
+
+
+@needs_ort
 def test_other_users_of_onnxruntime_are_not_disturbed() -> None:
     """A session with default options still builds beside ours (with a global thread pool it would not)."""
     import onnxruntime
