@@ -52,7 +52,7 @@ from quantkit.kernels.wide_hopper_decode import (
     rows_layout,
     words_layout,
 )
-from quantkit.kernels.wide_hopper_parts import add_parts, leave_part
+from quantkit.kernels.wide_hopper_parts import store_sums
 from quantkit.kernels.wide_hopper_planes import words_of_step
 
 
@@ -298,21 +298,9 @@ def _multiply(
             row_of_w = gl.minimum(n0 + gl.arange(0, ROWS, gl.SliceLayout(1, SUM)), N - 1)
             acc = acc * gl.expand_dims(gl.load(scale_ptr + row_of_w // scale_rows).to(gl.float32), 1)
         complete, places = parts_of(t, plan, begin, end, M, N, K, BN, BM, BK)
-        if complete:
-            if HAS_BIAS:
-                n = n0 + gl.arange(0, ROWS, gl.SliceLayout(1, SUM))
-                bias = gl.load(bias_ptr + gl.minimum(n, N - 1)).to(gl.float32)
-                acc = acc + gl.expand_dims(bias, 1)
-            tma.store_wait(0)
-            y.permute((1, 0)).store(acc.to(DTYPE))
-        else:
-            complete = leave_part(acc, parts_ptr, arrived_ptr, places, PART, BN, BM, ROWS, SUM)
-            if complete:
-                tma.store_wait(0)
-                add_parts(y, parts_ptr, bias_ptr, n0, N, places, PART, BN, BM, ROWS, HAS_BIAS)
-        if complete:
-            fence_async_shared()
-            tma.async_copy_shared_to_global(y_desc, [m0, n0], y)
+        store_sums(
+            acc, y, y_desc, m0, n0, N, (bias_ptr, parts_ptr, arrived_ptr), complete, places, PART, BN, BM, HAS_BIAS, SUM
+        )  # fmt: skip
     tma.store_wait(0)
 
 

@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from quantkit.kernels.wide_hopper import advance, parts_of, unit_of_work, units_of_work
 from quantkit.kernels.wide_hopper_decode import is_affine, offsets, one_addition
 from quantkit.kernels.wide_hopper_dx_decode import decode_columns, in_order, lane_table, sets_of, units_layout
-from quantkit.kernels.wide_hopper_parts import add_parts, leave_part
+from quantkit.kernels.wide_hopper_parts import store_sums
 
 
 @gluon.jit
@@ -215,18 +215,11 @@ def _multiply(
             mbarrier.arrive(empty.index(other), count=1)
         ordered = in_order(acc, WIDE)
         complete, places = parts_of(t, plan, begin, end, M, K, N, BN, BM, BS)
-        if complete:
-            tma.store_wait(0)
-            y.permute((1, 0)).store(ordered.to(DTYPE))
-        else:
-            WHERE: gl.constexpr = ordered.type.layout
-            complete = leave_part(ordered, parts_ptr, arrived_ptr, places, PART, BN, BM, ROWS, WHERE)
-            if complete:
-                tma.store_wait(0)
-                add_parts(y, parts_ptr, parts_ptr, k0, K, places, PART, BN, BM, ROWS, False)
-        if complete:
-            fence_async_shared()
-            tma.async_copy_shared_to_global(dx_desc, [m0, k0 + PART * ROWS], y)
+        WHERE: gl.constexpr = ordered.type.layout
+        store_sums(
+            ordered, y, dx_desc, m0, k0 + PART * ROWS, K, (parts_ptr, parts_ptr, arrived_ptr), complete, places, PART,
+            BN, BM, False, WHERE,
+        )  # fmt: skip
     tma.store_wait(0)
 
 

@@ -1,4 +1,4 @@
-"""Sums of tiles that are cut over K: the last of their parts to come adds them all (Gluon; see `wide_hopper`).
+"""Where sums go: tiles into y; of tiles that programs share, the last part to come adds all up (Gluon; `wide_hopper`).
 
 A second launch for that took 3 to 4 us of a product of 12 (H100). Nobody waits for another: a part leaves its sums and
 counts itself; who counts last reads the others' sums, out of the L2 cache mostly, and adds them in the order of K.
@@ -10,13 +10,55 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
 #: Of the threads of a warpgroup. Triton 3.7 calls it otherwise.
 thread_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 
 
 @gluon.jit
-def leave_part(
+def store_sums(
+    sums,
+    y,
+    y_desc,
+    m0,
+    n0,
+    N,
+    pointers,
+    complete,
+    places,
+    PART: gl.constexpr,
+    BN: gl.constexpr,
+    BM: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):
+    """A warpgroup's sums `[BN / 2, BM]`, plus bias, through shared memory `y [BM, BN / 2]` to rows from `m0`, columns
+    from `n0` on. If they are not a `complete` tile's, they are left as a part; the last part's warpgroup adds all up.
+
+    pointers: bias, parts (float32 `[places, BM, BN]`), arrived (int32 `[tiles, 2]`); `places`: `wide_hopper.parts_of`.
+    """
+    bias_ptr, parts_ptr, arrived_ptr = pointers
+    ROWS: gl.constexpr = BN // 2
+    if complete:
+        if HAS_BIAS:
+            n = n0 + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+            bias = gl.load(bias_ptr + gl.minimum(n, N - 1)).to(gl.float32)
+            sums = sums + gl.expand_dims(bias, 1)
+        tma.store_wait(0)
+        y.permute((1, 0)).store(sums.to(y.dtype))
+    else:
+        complete = _leave_part(sums, parts_ptr, arrived_ptr, places, PART, BN, BM, ROWS, LAYOUT)
+        if complete:
+            tma.store_wait(0)
+            _add_parts(y, parts_ptr, bias_ptr, n0, N, places, PART, BN, BM, ROWS, HAS_BIAS)
+    if complete:
+        fence_async_shared()
+        tma.async_copy_shared_to_global(y_desc, [m0, n0], y)
+
+
+@gluon.jit
+def _leave_part(
     acc,
     parts_ptr,
     arrived_ptr,
@@ -54,7 +96,7 @@ def _part(here, p, places, SIZE: gl.constexpr):
 
 
 @gluon.jit
-def add_parts(
+def _add_parts(
     y,
     parts_ptr,
     bias_ptr,
