@@ -31,11 +31,14 @@ from quantkit.kernels.bench_cases import random_weight
 from quantkit.kernels.wide_hopper_plan import BN, Plan, plan, share
 
 #: Groups of a step, of a turn (two steps), longer, of a row; float zeros; tails of N; odd numbers of steps and turns.
+#: Scales are float16, or "own": in the dtype of x, "other": in the other one of 16 bits, "wide": float32, as float zeros.
 CASES = (
     ("affine-4g128", 264, 640), ("affine-4g64", 520, 576), ("hqq-4g64", 1032, 1024), ("affine-4g192", 64, 192),
-    ("affine-4g1024", 256, 1024), ("nf4", 264, 576), ("affine-8g128", 264, 640), ("affine-8g64", 520, 576),
-    ("hqq-8g64", 1032, 1024), ("affine-8g192", 64, 192), ("fp8-tensor", 264, 576), ("fp8-channel", 520, 640),
-    ("fp8-block", 392, 512), ("affine-4g128", 4096, 4096), ("affine-3g128", 264, 640), ("affine-3g64", 520, 384),
+    ("affine-4g1024", 256, 1024), ("nf4", 264, 576), ("affine-8g128 own", 264, 640), ("affine-8g64 own", 520, 576),
+    ("hqq-8g64", 1032, 1024), ("affine-8g192 other", 64, 192), ("fp8-tensor", 264, 576), ("fp8-channel", 520, 640),
+    ("affine-4g64 own", 264, 640), ("affine-4g128 other", 520, 576), ("hqq-4g64 own", 264, 640), ("nf4", 392, 640),
+    ("hqq-4g64 wide", 264, 576), ("hqq-8g128 wide", 264, 640), ("affine-8g64 wide", 264, 640), ("affine-8g64", 264, 640),
+    ("fp8-block", 392, 512), ("affine-4g128", 4096, 4096), ("affine-3g128", 264, 640), ("affine-3g64 own", 520, 384),
     ("hqq-3g64", 1032, 1024), ("affine-3g192", 64, 384), ("affine-3g640", 264, 640), ("affine-3g64", 392, 128),
     ("affine-3g128", 4096, 4096), ("affine-2g64", 520, 576), ("hqq-2g64", 264, 640), ("ternary", 1032, 1024),
 )  # fmt: skip
@@ -52,9 +55,14 @@ LIMITS = {torch.bfloat16: 2e-3, torch.float16: 2.5e-4}
 def check(form: str, n: int, k: int, dtype: torch.dtype) -> str:
     """One weight by every plan; what went wrong or the worst error."""
     device = torch.device("cuda")
+    form, _, scales = form.partition(" ")
     packed, units = random_weight(form, n, k, device), sliced.multiprocessors(device)
-    if form.startswith(("affine-8", "affine-3g64")):  # the scale's dtype chooses the arithmetic
-        packed = replace(packed, scale=packed.scale.to(dtype))
+    if scales:  # their dtype chooses the arithmetic
+        other = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
+        kept = {"own": dtype, "other": other, "wide": torch.float32}[scales]
+        packed = replace(packed, scale=packed.scale.to(kept))
+        if packed.zero is not None and packed.zero.is_floating_point():
+            packed = replace(packed, zero=packed.zero.to(kept))
     weight, dense = launch_weight.of(packed), dequantize(packed, dtype)
     # Scales of whole rows of float8 are left to the sums: W itself is not rounded.
     row_scales = isinstance(packed.encoding, Float8) and packed.encoding.block[1] >= k

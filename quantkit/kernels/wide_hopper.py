@@ -41,15 +41,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from quantkit.kernels.wide_hopper_decode import (
     FLOAT8,
+    arithmetic,
     bits_of,
     by_planes,
     decode,
+    divisor,
     factors,
     lane_constants,
+    load_both,
     load_factors,
+    one_of,
     operand,
     pairs_layout,
     rows_layout,
+    step_layout,
     words_layout,
 )
 from quantkit.kernels.wide_hopper_parts import store_sums
@@ -153,9 +158,7 @@ def _words(
             high = codes_s[1].index(stage >> 1).slice(PART * ROWS, ROWS).load(words_layout(ROWS, BK // 16))
         words = words_of_step(low, high, STEP, bits_of(KIND), LAYOUT)
     else:
-        WORDS: gl.constexpr = (
-            gl.SliceLayout(2, LAYOUT) if bits_of(KIND) == 4 else words_layout(ROWS, BK * bits_of(KIND) // 32)
-        )
+        WORDS: gl.constexpr = step_layout(KIND, ROWS, BK)
         words = codes_s[0].index(stage).slice(PART * ROWS, ROWS).load(WORDS)
     return words
 
@@ -225,6 +228,7 @@ def _multiply(
     STAGES: gl.constexpr,
     TOGETHER: gl.constexpr,
     KIND: gl.constexpr,
+    TWO: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     PART: gl.constexpr,
 ):
@@ -243,8 +247,10 @@ def _multiply(
     SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUM, 2)
     PAIRS: gl.constexpr = pairs_layout(KIND, ROWS, BK)
-    ROW: gl.constexpr = rows_layout(KIND, PAIRS)
-    constants = lane_constants(lut_ptr, KIND, ROWS, PAIRS)
+    ROW: gl.constexpr = rows_layout(PAIRS)
+    HOW: gl.constexpr = arithmetic(KIND, DTYPE, SCALE, ZERO)
+    DIVISOR: gl.constexpr = divisor(KIND, DTYPE, SCALE, ZERO)
+    constants = lane_constants(lut_ptr, KIND, HOW, ROWS, PAIRS)
     y = y_s.index(PART)
     stage = 0
     phase = 0
@@ -252,41 +258,58 @@ def _multiply(
         t, n0, m0, begin, end = unit_of_work(u, plan, M, N, K, BN, BM, BK, TOGETHER)
         n0 += PART * ROWS
         at = gl.minimum(n0 + gl.arange(0, ROWS, ROW), N - 1) // scale_rows * groups
-        scale_0, zero_0 = load_factors(scale_ptr, zero_ptr, at, begin, groups, BK, GROUP, KIND)
-        numbers = factors(scale_0, zero_0, KIND, DTYPE)
-        # Scales and zeros: of the second step of this turn, of the next turn's first and second step.
-        scale_1, zero_1 = load_factors(scale_ptr, zero_ptr, at, begin + 1, groups, BK, GROUP, KIND)
-        scale_2, zero_2 = load_factors(scale_ptr, zero_ptr, at, begin + 2, groups, BK, GROUP, KIND)
-        scale_3, zero_3 = load_factors(scale_ptr, zero_ptr, at, begin + 3, groups, BK, GROUP, KIND)
+        # Scales and zeros: of this turn's steps, or its second; of the next turn's; where they are loaded apart, of that
+        # one's second.
+        if TWO:
+            this = load_both(scale_ptr, zero_ptr, at, begin, groups, BK, KIND)
+            later = load_both(scale_ptr, zero_ptr, at, begin + 2, groups, BK, KIND)
+            latest = later
+            now = one_of(this, 0, SCALE, ZERO)
+        else:
+            now = load_factors(scale_ptr, zero_ptr, at, begin, groups, BK, GROUP, KIND)
+            this = load_factors(scale_ptr, zero_ptr, at, begin + 1, groups, BK, GROUP, KIND)
+            later = load_factors(scale_ptr, zero_ptr, at, begin + 2, groups, BK, GROUP, KIND)
+            latest = load_factors(scale_ptr, zero_ptr, at, begin + 3, groups, BK, GROUP, KIND)
+        numbers = factors(now[0], now[1], KIND, HOW, DTYPE)
         mbarrier.wait(full.index(stage), phase)
         words = _words(buffers, stage, 0, PART, ROWS, BK, KIND, PAIRS)
-        a = decode(words, constants, numbers, ZERO, SCALE, ROW_SCALES, KIND, DTYPE, PAIRS, OPERAND)
+        a = decode(words, constants, numbers, ZERO, SCALE, ROW_SCALES, KIND, HOW, DTYPE, PAIRS, OPERAND)
         acc = gl.zeros((ROWS, BM), gl.float32, SUM)
         for i in range(begin, end, 2):
-            first = operand(a, KIND, DTYPE, PAIRS, OPERAND)
+            first = operand(a, KIND, HOW, DTYPE, PAIRS, OPERAND)
             acc = warpgroup_mma(first, x_s.index(stage).permute((1, 0)), acc, is_async=True)
             one = stage
             stage, phase = advance(stage, phase, STAGES)
-            if EACH == 1:
-                numbers = factors(scale_1, zero_1, KIND, DTYPE)
-                scale_1, zero_1 = scale_3, zero_3
-                scale_3, zero_3 = load_factors(scale_ptr, zero_ptr, at, i + 5, groups, BK, GROUP, KIND)
+            if TWO:
+                now = one_of(this, 1, SCALE, ZERO)
+                numbers = factors(now[0], now[1], KIND, HOW, DTYPE)
+            elif EACH == 1:
+                numbers = factors(this[0], this[1], KIND, HOW, DTYPE)
+                this = latest
+                latest = load_factors(scale_ptr, zero_ptr, at, i + 5, groups, BK, GROUP, KIND)
             mbarrier.wait(full.index(stage), phase)
             words = _words(buffers, one if by_planes(KIND) else stage, 1, PART, ROWS, BK, KIND, PAIRS)
-            a = decode(words, constants, numbers, ZERO, SCALE, ROW_SCALES, KIND, DTYPE, PAIRS, OPERAND)
-            second = operand(a, KIND, DTYPE, PAIRS, OPERAND)
+            a = decode(words, constants, numbers, ZERO, SCALE, ROW_SCALES, KIND, HOW, DTYPE, PAIRS, OPERAND)
+            second = operand(a, KIND, HOW, DTYPE, PAIRS, OPERAND)
             acc = warpgroup_mma(second, x_s.index(stage).permute((1, 0)), acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=(acc,))
             mbarrier.arrive(empty.index(one), count=1)
             other = stage
             other_phase = phase
             stage, phase = advance(stage, phase, STAGES)
+            now = later
+            if TWO:
+                now = one_of(later, 0, SCALE, ZERO)
             if GROUP > 0 or not by_planes(KIND):  # else a row has one table
-                numbers = factors(scale_2, zero_2, KIND, DTYPE)
-            scale_2, zero_2 = load_factors(scale_ptr, zero_ptr, at, i + 4, groups, BK, GROUP, KIND)
+                numbers = factors(now[0], now[1], KIND, HOW, DTYPE)
+            if TWO:
+                this = later
+                later = load_both(scale_ptr, zero_ptr, at, i + 4, groups, BK, KIND)
+            else:
+                later = load_factors(scale_ptr, zero_ptr, at, i + 4, groups, BK, GROUP, KIND)
             mbarrier.wait(full.index(stage), phase, pred=i + 2 < end)
             words = _words(buffers, stage, 0, PART, ROWS, BK, KIND, PAIRS)
-            a = decode(words, constants, numbers, ZERO, SCALE, ROW_SCALES, KIND, DTYPE, PAIRS, OPERAND)
+            a = decode(words, constants, numbers, ZERO, SCALE, ROW_SCALES, KIND, HOW, DTYPE, PAIRS, OPERAND)
             mbarrier.wait(full.index(other), other_phase)  # passed before: it ends the basic block
             if by_planes(KIND):
                 acc, a0, a1, a2, a3 = warpgroup_mma_wait(0, deps=(acc, a[0], a[1], a[2], a[3]))
@@ -297,6 +320,8 @@ def _multiply(
         if ROW_SCALES:
             row_of_w = gl.minimum(n0 + gl.arange(0, ROWS, gl.SliceLayout(1, SUM)), N - 1)
             acc = acc * gl.expand_dims(gl.load(scale_ptr + row_of_w // scale_rows).to(gl.float32), 1)
+        if DIVISOR != 1:
+            acc = acc * DIVISOR
         complete, places = parts_of(t, plan, begin, end, M, N, K, BN, BM, BK)
         store_sums(
             acc, y, y_desc, m0, n0, N, (bias_ptr, parts_ptr, arrived_ptr), complete, places, PART, BN, BM, HAS_BIAS, SUM
@@ -330,13 +355,15 @@ def wide_hopper_kernel(
     STAGES: gl.constexpr,
     TOGETHER: gl.constexpr,
     KIND: gl.constexpr,
+    TWO: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
     """y `[M, N]` of x `[M, K]`, words of codes `[N, words of K]` and scales, zeros `[N / scale_rows, groups]`.
 
     2 and 3 bits: `w_desc` is for low planes, two steps a block; 3 bits have `high_desc` for high planes (else None).
-    GROUP is a multiple of BK, or 0: one group per row. `whole` tiles are given out one by one; the first
+    GROUP is a multiple of BK, or 0: one group per row. TWO: GROUP is BK, `groups` even, scales and zeros of two groups
+    may be read at once. `whole` tiles are given out one by one; the first
     `sharers` programs share the others' steps evenly, a turn for each or more. Sums of parts go to `parts_ptr`, float32
     `[2 * sharers, BM, BN]`; `arrived_ptr`: int32 `[tiles - whole, 2]`, zeros before and after.
     Grid: (programs,), `sharers` at least; 4 warps.
@@ -364,8 +391,8 @@ def wide_hopper_kernel(
     plan = (whole, sharers)
     gl.warp_specialize(
         [
-            (_multiply, (y_desc, packed, buffers, sizes, plan, GROUP, BN, BM, BK, STAGES, TOGETHER, KIND, HAS_BIAS, 0)),
-            (_multiply, (y_desc, packed, buffers, sizes, plan, GROUP, BN, BM, BK, STAGES, TOGETHER, KIND, HAS_BIAS, 1)),
+            (_multiply, (y_desc, packed, buffers, sizes, plan, GROUP, BN, BM, BK, STAGES, TOGETHER, KIND, TWO, HAS_BIAS, 0)),
+            (_multiply, (y_desc, packed, buffers, sizes, plan, GROUP, BN, BM, BK, STAGES, TOGETHER, KIND, TWO, HAS_BIAS, 1)),
             (_copy, (x_desc, codes_desc, buffers, sizes, plan, BN, BM, BK, STAGES, TOGETHER, KIND)),
         ],
         [4, 1],

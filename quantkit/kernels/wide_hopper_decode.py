@@ -1,23 +1,31 @@
 """Codes in shared memory become the first operand of `wgmma`, in registers (Gluon; see `wide_hopper`).
 
-A thread of a quad holds k = 2t, 2t + 1 (t = 0 .. 3) of every 8 inputs. The quad loads the same words.
+A thread of a quad holds k = 2t, 2t + 1 (t = 0 .. 3) of every 8 inputs, which are a byte of 4-bit codes, or two bytes.
+An affine weight is `(q - zero) * scale`, rounded once where scales have 16 bits. How (`arithmetic`):
 
-**4 bits.** A word is 8 codes, a thread's two are byte t, which it rotates to bits 12 .. 19:
+**Pairs** (integer zeros, scales of the dtype of x). A byte permutation puts the codes into the halves of a register,
+where two 16-bit instructions do the arithmetic: q - zero is exact, the product rounded as W is.
 
-    low nibble  & 0x0f000 | 0x45000000    2048 + q as float32
-    high nibble & 0xf0000 | 0x43000000     128 + q
+    bfloat16    & 0x00F0000F       codes are subnormal numbers, q * 2 ** -133 (in bits 4 .. 7: -129); `fma` with powers
+                                   of two gives (q - zero) * 2 ** -6, to be multiplied by scale * 2 ** 6
+    float16     ... | 0x64006400   1024 + q (in bits 4 .. 7: 1024 + 16 q)
+
+**Scaled** (x in bfloat16, other scales of 16 bits, integer zeros or zeros of 16 bits). Codes are subnormal float32
+numbers, so there is no offset, and one `fma` gives W / 2 ** 40: q * scale - zero * scale has one rounding, since the
+product of two 16-bit numbers is exact. The sums take the power of two back.
+
+    low nibble  & 0x0f000    q * 2 ** -137        byte 1    q * 2 ** -141
+    high nibble & 0xf0000    q * 2 ** -133
+
+`quantkit.encoding.dequantize` rounds q - zero first. That is exact, too, unless a zero is tiny but not 0 (float16: below
+2 ** -10 with 4 bits, 2 ** -6 with 8): float32 values may differ in their last bit, of which bfloat16 keeps nothing but
+at a tie.
+
+**Floats** (the rest). 2048 + q and 128 + q (8 bits: 32768 + q), from which the offset and an integer zero are
+subtracted exactly; then a float zero and the product, as `dequantize` does, or as above where both have 16 bits.
 
 **Codebooks.** The table lies in the lanes, two copies of 16 entries, and a shuffle reads the entry of each code.
-
-**8 bits.** Eight codes are two words; a byte permutation takes bytes 2t and 2t + 1 from both, another puts each into
-bits 8 .. 15 of 0x47000000: 32768 + q as float32. **float8** takes the same two bytes through the chip's conversion.
-
-**2 and 3 bits** are looked up: `wide_hopper_planes`.
-
-An affine weight is `(q - zero) * scale`. With integer zeros and scales of few enough bits that is one fused
-multiply-add, exactly: c = -(2048 + zero) * scale has at most 23 bits with 16-bit scales, -(32768 + zero) * scale at
-most 24 with bfloat16 ones. Else an integer zero joins the constant and is subtracted (exact) before the product; a
-float zero is subtracted on its own, rounded as `quantkit.encoding.dequantize` rounds.
+**float8.** Two bytes go through the chip's conversion. **2 and 3 bits** are looked up: `wide_hopper_planes`.
 """
 
 # mypy: ignore-errors
@@ -27,7 +35,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from quantkit.kernels.wide_hopper_planes import look_up, operand_of, planes_layout, quad_constants, tables
+from quantkit.kernels.wide_hopper_planes import look_up, of_rows, operand_of, planes_layout, quad_constants, tables
 
 #: Kinds of weights.
 AFFINE_4 = gl.constexpr(4)
@@ -37,21 +45,18 @@ AFFINE_2 = gl.constexpr(2)
 FLOAT8 = gl.constexpr(1)
 TABLE_4 = gl.constexpr(0)
 
-_BYTE_TO_FLOATS = gl.constexpr(
-    "{ .reg .b32 r; shf.l.wrap.b32 r, $2, $2, $3; "
-    "lop3.b32 $0, r, 0x0F000, 0x45000000, 0xEA; lop3.b32 $1, r, 0xF0000, 0x43000000, 0xEA; }"
-)
+#: How `(q - zero) * scale` is computed.
+PAIRS = gl.constexpr(0)
+SCALED = gl.constexpr(1)
+FLOATS = gl.constexpr(2)
+#: What W is divided by where it is SCALED: so much that scales, times the power of two of codes, are finite.
+_DIVISOR = 40
 
-#: The same for a table that lanes 0 .. 15 hold, and 16 .. 31 once more, so that bit 4 of a lane's number is free.
+#: Of a table that lanes 0 .. 15 hold, and 16 .. 31 once more, so that bit 4 of a lane's number is free.
 #: Codebooks keep the earlier code in the high nibble.
 _BYTE_TO_ENTRIES = gl.constexpr(
     "{ .reg .b32 r; shf.l.wrap.b32 r, $2, $2, $3; shfl.sync.idx.b32 $1, $4, r, 0x1f, 0xffffffff; "
     "shr.u32 r, r, 4; shfl.sync.idx.b32 $0, $4, r, 0x1f, 0xffffffff; }"
-)
-
-_BYTES_TO_FLOATS = gl.constexpr(
-    "{ .reg .b32 r; prmt.b32 r, $2, $3, $4; "
-    "prmt.b32 $0, r, 0x47000000, 0x7404; prmt.b32 $1, r, 0x47000000, 0x7414; }"
 )
 
 _FLOAT8_TO_FLOATS = gl.constexpr(
@@ -87,19 +92,20 @@ def pairs_layout(kind, rows, inputs):
 
 
 @gluon.constexpr_function
-def rows_layout(kind, pairs):
+def rows_layout(pairs):
     """Layout of `[rows]` for what `factors` makes of it."""
-    inner = gl.SliceLayout(3, pairs) if by_planes(kind) else pairs
-    return gl.SliceLayout(1, gl.SliceLayout(2, inner))
+    return gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, pairs)))
 
 
 @gluon.constexpr_function
 def bytes_layout(rows, octets):
-    """Layout of `[rows, octets, 4]` over 4 warps: the pairs of codes that a thread needs for a wgmma operand."""
-    registers = [[8, 0, 0]]
-    registers += [[0, 1 << i, 0] for i in range(octets.bit_length() - 1)]
-    lanes = [[0, 0, 1], [0, 0, 2], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, [[16, 0, 0], [32, 0, 0]], [], [rows, octets, 4])
+    """Layout of `[rows, octets, 2, 2]` over 4 warps: the pairs of codes that a thread needs for a wgmma operand."""
+    registers = [[8, 0, 0, 0]]
+    registers += [[0, 1 << i, 0, 0] for i in range(octets.bit_length() - 1)]
+    lanes = [[0, 0, 0, 1], [0, 0, 1, 0], [1, 0, 0, 0], [2, 0, 0, 0], [4, 0, 0, 0]]
+    return gl.DistributedLinearLayout(
+        registers, lanes, [[16, 0, 0, 0], [32, 0, 0, 0]], [], [rows, octets, 2, 2]
+    )
 
 
 @gluon.constexpr_function
@@ -108,6 +114,99 @@ def words_layout(rows, words):
     registers = [[8, 0]] + [[0, 1 << i] for i in range(words.bit_length() - 1)]
     lanes = [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]]
     return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [rows, words])
+
+
+@gluon.constexpr_function
+def own_words_layout(rows, words):
+    """The same where every other word is enough for a thread: the one of an octet's two that has its bytes."""
+    registers = [[8, 0]] + [[0, 2 << i] for i in range(words.bit_length() - 2)]
+    lanes = [[0, 0], [0, 1], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [rows, words])
+
+
+@gluon.constexpr_function
+def step_layout(kind, rows, inputs):
+    """Layout of the words `[rows, inputs * bits / 32]` of a step, for `decode` (not `by_planes`)."""
+    words = inputs * bits_of(kind) // 32
+    return own_words_layout(rows, words) if kind == AFFINE_8 else words_layout(rows, words)
+
+
+@gluon.constexpr_function
+def arithmetic(kind, dtype, scale, zero):
+    """How an affine weight of 4 or 8 bits becomes numbers of `dtype`, by the dtypes of scales and zeros."""
+    if zero.is_int() and scale == dtype:
+        return PAIRS
+    few_bits = exact_product(scale, zero) or (zero.is_int() and scale.primitive_bitwidth == 16)
+    return SCALED if dtype == gl.bfloat16 and few_bits else FLOATS
+
+
+@gluon.constexpr_function
+def exact_product(scale, zero):
+    """Are these the dtypes of a zero that is a float, and of a scale, whose product float32 holds?"""
+    return not zero.is_int() and scale.primitive_bitwidth == 16 and zero.primitive_bitwidth == 16
+
+
+@gluon.constexpr_function
+def in_pairs(kind, dtype, scale, zero):
+    """Does `decode` make registers of two weights?"""
+    return kind in (AFFINE_4, AFFINE_8) and arithmetic(kind, dtype, scale, zero) == PAIRS
+
+
+@gluon.constexpr_function
+def divisor(kind, dtype, scale, zero):
+    """What `decode` divides weights by."""
+    scaled = kind in (AFFINE_4, AFFINE_8) and arithmetic(kind, dtype, scale, zero) == SCALED
+    return 2.0**_DIVISOR if scaled else 1.0
+
+
+@gluon.constexpr_function
+def powers(kind):
+    """What turns subnormal codes, first and second of a pair, into q / 2 ** _DIVISOR."""
+    first, second = (137, 133) if kind == AFFINE_4 else (141, 141)
+    return 2.0 ** (first - _DIVISOR), 2.0 ** (second - _DIVISOR)
+
+
+@gluon.constexpr_function
+def floats_asm(kind, how):
+    """PTX for the codes ($0, $1) of a pair in bits of float32. $2: word; $3, $4: `_places`."""
+    if kind == AFFINE_8:
+        base = "0x47000000" if how == FLOATS else "0"
+        return f"prmt.b32 $0, $2, {base}, $3; prmt.b32 $1, $2, {base}, $4;"
+    low, high = ("0x45000000", "0x43000000") if how == FLOATS else ("0", "0")
+    return (
+        "{ .reg .b32 r; shf.l.wrap.b32 r, $2, $2, $3; "
+        f"lop3.b32 $0, r, 0x0F000, {low}, 0xEA; lop3.b32 $1, r, 0xF0000, {high}, 0xEA; }}"
+    )
+
+
+@gluon.constexpr_function
+def pairs_asm(kind, dtype):
+    """PTX for two weights ($0) in a register. $1: word; $2: `_places`; $3, $4: `_factors`."""
+    brain = dtype == gl.bfloat16
+    codes = "prmt.b32 r, $1, " + ("0" if brain or kind == AFFINE_4 else "0x64646464") + ", $2; "
+    if kind == AFFINE_4:
+        codes += f"lop3.b32 r, r, 0x00F0000F, {'0' if brain else '0x64006400'}, 0xEA; "
+    if brain:
+        powers = "0x7D007F00" if kind == AFFINE_4 else "0x7F007F00"
+    else:
+        powers = "0x2C003C00" if kind == AFFINE_4 else "0x3C003C00"
+    kind_of_two = "bf16x2" if brain else "f16x2"
+    return (
+        "{ .reg .b32 r, p; " + codes + f"mov.b32 p, {powers}; "
+        f"fma.rn.{kind_of_two} r, r, p, $3; mul.rn.{kind_of_two} $0, r, $4; }}"
+    )
+
+
+@gluon.constexpr_function
+def two_of(dtype):
+    """Types of two results."""
+    return (dtype, dtype)
+
+
+@gluon.constexpr_function
+def pack_asm(dtype):
+    """PTX: two float32, $1 and $2, as one register."""
+    return f"cvt.rn.{'bf16x2' if dtype == gl.bfloat16 else 'f16x2'}.f32 $0, $2, $1;"
 
 
 @gluon.constexpr_function
@@ -124,62 +223,93 @@ def offsets(kind):
 
 
 @gluon.jit
-def lane_constants(lut_ptr, KIND: gl.constexpr, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
+def lane_constants(lut_ptr, KIND: gl.constexpr, HOW: gl.constexpr, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
     """What `decode` needs to know of a lane: where its codes are, and its entry of the table."""
     if by_planes(KIND):
         constants = quad_constants(LAYOUT)
     else:
-        constants = _place_and_entry(lut_ptr, KIND, ROWS, LAYOUT)
+        constants = _places(lut_ptr, KIND, HOW, ROWS, LAYOUT)
     return constants
 
 
 @gluon.jit
-def _place_and_entry(lut_ptr, KIND: gl.constexpr, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
-    ROW: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT))
-    pair = gl.expand_dims(gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT))), 0), 1)
-    if bits_of(KIND) == 8:
+def _places(lut_ptr, KIND: gl.constexpr, HOW: gl.constexpr, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
+    """Two of them, for first and second code where they have different ones; of codebooks place and entry."""
+    ROW: gl.constexpr = rows_layout(LAYOUT)
+    half = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, LAYOUT))))
+    low = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT))))
+    half = gl.expand_dims(gl.expand_dims(gl.expand_dims(half, 0), 1), 3)
+    low = gl.expand_dims(gl.expand_dims(gl.expand_dims(low, 0), 1), 2)
+    pair = half * 2 + low
+    if KIND == FLOAT8:
         place = pair * 0x22 + 0x10
+        other = place
+    elif KIND == AFFINE_8 and HOW == PAIRS:
+        place = low * 0x0202 + 0x4140 + half * 0
+        other = place
+    elif KIND == AFFINE_8:
+        place = low * 0x20 + 0x7404 + half * 0
+        other = place + 0x10
+    elif KIND == AFFINE_4 and HOW == PAIRS:
+        place = pair * 0x0101 + 0x4040
+        other = place
     else:
         place = (pair * 24 + (0 if KIND == TABLE_4 else 12)) & 31
+        other = place
     if KIND == TABLE_4:
-        row = gl.expand_dims(gl.expand_dims(gl.arange(0, ROWS, ROW), 1), 2)
+        row = gl.expand_dims(gl.expand_dims(gl.expand_dims(gl.arange(0, ROWS, ROW), 1), 2), 3)
         entry = (row & 3) * 4 + pair  # the lane's number, modulo 16
-        table = gl.load(lut_ptr + entry).to(gl.int32, bitcast=True)
-    else:
-        table = place
-    return place, table
+        other = gl.load(lut_ptr + entry).to(gl.int32, bitcast=True)
+    return place, other
 
 
 @gluon.jit
-def factors(scale, zero, KIND: gl.constexpr, DTYPE: gl.constexpr):
-    """What `decode` needs of a group, as `[rows, 1, 1]` each: scale, and what the first and second code take; or the
-    tables of `wide_hopper_planes`."""
+def factors(scale, zero, KIND: gl.constexpr, HOW: gl.constexpr, DTYPE: gl.constexpr):
+    """What `decode` needs of a group, as `[rows, 1, 1, 1]` each: numbers for first and second codes, and for both; or
+    the tables of `wide_hopper_planes`."""
     if by_planes(KIND):
         numbers = tables(scale, zero, one_addition(KIND, scale.dtype, zero.dtype), bits_of(KIND), DTYPE)
     else:
-        numbers = _factors(scale, zero, KIND)
+        numbers = _factors(scale, zero, KIND, HOW, DTYPE)
     return numbers
 
 
 @gluon.jit
-def _factors(scale, zero, KIND: gl.constexpr):
+def _factors(scale, zero, KIND: gl.constexpr, HOW: gl.constexpr, DTYPE: gl.constexpr):
     s = scale.to(gl.float32)
-    first = zero.to(gl.float32)
-    second = first
+    z = zero.to(gl.float32)
+    first = s
+    second = s
     if is_affine(KIND):
-        OFFSETS: gl.constexpr = offsets(KIND)
-        if zero.dtype.is_int():
-            first = first + OFFSETS[0]
-            second = second + OFFSETS[1]
-        if one_addition(KIND, scale.dtype, zero.dtype):
-            first = -first * s
-            second = -second * s
-    s = gl.expand_dims(gl.expand_dims(s, 1), 2)
-    return (
-        s,
-        gl.expand_dims(gl.expand_dims(first, 1), 2),
-        gl.expand_dims(gl.expand_dims(second, 1), 2),
-    )
+        if HOW == PAIRS:
+            if DTYPE == gl.bfloat16:
+                s = s * 64.0
+                first = z * (-1.0 / 64)
+                second = first
+            else:
+                first = -1024.0 - z
+                second = first if KIND == AFFINE_8 else -64.0 - z
+            first = _two(first, second, DTYPE)
+            s = _two(s, s, DTYPE)
+            second = first
+        elif HOW == SCALED:
+            POWERS: gl.constexpr = powers(KIND)
+            first = s * POWERS[0]
+            second = s * POWERS[1]
+            s = -z * (s * (1.0 / divisor(KIND, DTYPE, scale.dtype, zero.dtype)))
+        else:
+            OFFSETS: gl.constexpr = offsets(KIND)
+            first = z + (OFFSETS[0] if zero.dtype.is_int() else 0.0)
+            second = z + (OFFSETS[1] if zero.dtype.is_int() else 0.0)
+            if exact_product(scale.dtype, zero.dtype):
+                first = -z * s
+    return (of_rows(first), of_rows(second), of_rows(s))
+
+
+@gluon.jit
+def _two(low, high, DTYPE: gl.constexpr):
+    ASM: gl.constexpr = pack_asm(DTYPE)
+    return gl.inline_asm_elementwise(ASM, "=r,f,f", [low, high], dtype=gl.int32, is_pure=True, pack=1)
 
 
 @gluon.jit
@@ -196,42 +326,80 @@ def load_factors(
 
 
 @gluon.jit
-def _floats(words, constants, KIND: gl.constexpr, LAYOUT: gl.constexpr):
-    """First and second code of every pair as float32 `[rows, octets, 4]`: values, or offset and code."""
-    place, table = constants
-    if bits_of(KIND) == 8:
-        PAIRS: gl.constexpr = gl.SliceLayout(2, LAYOUT)
-        w0, w1 = words.reshape(words.shape[0], words.shape[1] // 2, 2).split()
-        w0 = gl.expand_dims(gl.convert_layout(w0, PAIRS, assert_trivial=True), 2)
-        w1 = gl.expand_dims(gl.convert_layout(w1, PAIRS, assert_trivial=True), 2)
-        ASM: gl.constexpr = _FLOAT8_TO_FLOATS if KIND == FLOAT8 else _BYTES_TO_FLOATS
+def load_both(scale_ptr, zero_ptr, at, step, groups, BK: gl.constexpr, KIND: gl.constexpr):
+    """The same of both steps of a turn that begins with `step`, where groups are steps and even in number, as integers
+    of twice the width for `one_of`."""
+    g = (at + gl.minimum(step, groups - 2)) >> 1
+    scale = gl.load(_wide(scale_ptr) + g)
+    zero = scale if not is_affine(KIND) else gl.load(_wide(zero_ptr) + g)
+    return scale, zero
+
+
+@gluon.jit
+def _wide(pointer):
+    WIDE: gl.constexpr = gl.pointer_type(integer_of(2 * pointer.dtype.element_ty.primitive_bitwidth))
+    return pointer.to(WIDE, bitcast=True)
+
+
+@gluon.constexpr_function
+def integer_of(bits):
+    """The dtype of integers of so many bits."""
+    return {8: gl.uint8, 16: gl.uint16, 32: gl.uint32, 64: gl.uint64}[bits]
+
+
+@gluon.jit
+def one_of(both, STEP: gl.constexpr, SCALE: gl.constexpr, ZERO: gl.constexpr):
+    """Scales and zeros of step STEP of a turn, from what `load_both` read."""
+    scale, zero = both
+    return _half(scale, STEP, SCALE), _half(zero, STEP, ZERO)
+
+
+@gluon.jit
+def _half(both, STEP: gl.constexpr, DTYPE: gl.constexpr):
+    BITS: gl.constexpr = DTYPE.primitive_bitwidth
+    half = (both >> (STEP * BITS)).to(integer_of(BITS))
+    return half.to(DTYPE, bitcast=True)
+
+
+@gluon.jit
+def _words(words, KIND: gl.constexpr, LAYOUT: gl.constexpr):
+    """A step's words as one or two (float8) tensors of an octet's, `[rows, octets, 1 or 2, 1]`."""
+    if bits_of(KIND) == 4:
+        OCTETS: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, LAYOUT))
+        first = gl.expand_dims(gl.expand_dims(gl.convert_layout(words, OCTETS, assert_trivial=True), 2), 3)
+        second = first
+    elif KIND == AFFINE_8:
+        OWN: gl.constexpr = gl.SliceLayout(3, LAYOUT)
+        first = words.reshape(words.shape[0], words.shape[1] // 2, 2)
+        first = gl.expand_dims(gl.convert_layout(first, OWN, assert_trivial=True), 3)
+        second = first
+    else:
+        BOTH: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, LAYOUT))
+        first, second = words.reshape(words.shape[0], words.shape[1] // 2, 2).split()
+        first = gl.expand_dims(gl.expand_dims(gl.convert_layout(first, BOTH, assert_trivial=True), 2), 3)
+        second = gl.expand_dims(gl.expand_dims(gl.convert_layout(second, BOTH, assert_trivial=True), 2), 3)
+    return first, second
+
+
+@gluon.jit
+def _floats(words, constants, KIND: gl.constexpr, HOW: gl.constexpr, LAYOUT: gl.constexpr):
+    """First and second code of every pair as float32 `[rows, octets, 2, 2]`: values, or with offset, or subnormal."""
+    place, other = constants
+    w0, w1 = _words(words, KIND, LAYOUT)
+    if KIND == FLOAT8:
         a, b = gl.inline_asm_elementwise(
-            ASM,
-            "=f,=f,r,r,r" if KIND == FLOAT8 else "=r,=r,r,r,r",
+            _FLOAT8_TO_FLOATS,
+            "=f,=f,r,r,r",
             [w0, w1, place],
-            dtype=(gl.float32, gl.float32) if KIND == FLOAT8 else (gl.int32, gl.int32),
-            is_pure=True,
-            pack=1,
-        )
-    elif KIND == TABLE_4:
-        a, b = gl.inline_asm_elementwise(
-            _BYTE_TO_ENTRIES,
-            "=r,=r,r,r,r",
-            [gl.expand_dims(words, 2), place, table],
-            dtype=(gl.int32, gl.int32),
+            dtype=(gl.float32, gl.float32),
             is_pure=True,
             pack=1,
         )
     else:
+        ASM: gl.constexpr = _BYTE_TO_ENTRIES if KIND == TABLE_4 else floats_asm(KIND, HOW)
         a, b = gl.inline_asm_elementwise(
-            _BYTE_TO_FLOATS,
-            "=r,=r,r,r",
-            [gl.expand_dims(words, 2), place],
-            dtype=(gl.int32, gl.int32),
-            is_pure=True,
-            pack=1,
+            ASM, "=r,=r,r,r,r", [w0, place, other], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
         )
-    if KIND != FLOAT8:
         a = a.to(gl.float32, bitcast=True)
         b = b.to(gl.float32, bitcast=True)
     return a, b
@@ -246,27 +414,43 @@ def decode(
     SCALE: gl.constexpr,
     ROW_SCALES: gl.constexpr,
     KIND: gl.constexpr,
+    HOW: gl.constexpr,
     DTYPE: gl.constexpr,
     LAYOUT: gl.constexpr,
     OPERAND: gl.constexpr,
 ):
-    """Words of codes as weights, for `operand`; scales of whole rows are left to the product's sums.
+    """Words of codes as weights, divided by `divisor`, for `operand`; scales of whole rows are left to the sums.
 
-    `numbers` are what `factors` makes. ZERO and SCALE are the dtypes that zeros and scales have in memory, LAYOUT is
-    `pairs_layout`'s.
+    `numbers` are what `factors` makes. ZERO and SCALE: the dtypes that zeros and scales have in memory, HOW:
+    `arithmetic`'s, LAYOUT: `pairs_layout`'s.
     """
     if by_planes(KIND):
-        operand = look_up(words, constants, numbers, bits_of(KIND))
+        decoded = look_up(words, constants, numbers, bits_of(KIND))
+    elif HOW == PAIRS:
+        place, _ = constants
+        zero, _, scale = numbers
+        ASM: gl.constexpr = pairs_asm(KIND, DTYPE)
+        w, _ = _words(words, KIND, LAYOUT)
+        decoded = gl.inline_asm_elementwise(
+            ASM, "=r,r,r,r,r", [w, place, zero, scale], dtype=gl.int32, is_pure=True, pack=1
+        )
     else:
-        operand = _decode(words, constants, numbers, ZERO, SCALE, ROW_SCALES, KIND, DTYPE, LAYOUT, OPERAND)
-    return operand
+        decoded = _decode(words, constants, numbers, ZERO, SCALE, ROW_SCALES, KIND, HOW, DTYPE, LAYOUT, OPERAND)
+    return decoded
 
 
 @gluon.jit
-def operand(decoded, KIND: gl.constexpr, DTYPE: gl.constexpr, LAYOUT: gl.constexpr, OPERAND: gl.constexpr):
+def operand(decoded, KIND: gl.constexpr, HOW: gl.constexpr, DTYPE: gl.constexpr, LAYOUT: gl.constexpr, OPERAND: gl.constexpr):
     """What `decode` made, as the first operand `[rows, inputs]` of a product."""
     if by_planes(KIND):
         a = operand_of(decoded, DTYPE, LAYOUT, OPERAND)
+    elif HOW == PAIRS:
+        BOTH: gl.constexpr = two_of(DTYPE)
+        lo, hi = gl.inline_asm_elementwise(
+            "mov.b32 {$0, $1}, $2;", "=h,=h,r", [decoded], dtype=BOTH, is_pure=True, pack=1
+        )
+        both = gl.join(lo, hi).reshape(lo.shape[0], lo.shape[1] * 8)
+        a = gl.convert_layout(both, OPERAND, assert_trivial=True)
     else:
         a = decoded
     return a
@@ -281,25 +465,32 @@ def _decode(
     SCALE: gl.constexpr,
     ROW_SCALES: gl.constexpr,
     KIND: gl.constexpr,
+    HOW: gl.constexpr,
     DTYPE: gl.constexpr,
     LAYOUT: gl.constexpr,
     OPERAND: gl.constexpr,
 ):
-    scale, first, second = numbers
-    a, b = _floats(words, constants, KIND, LAYOUT)
+    first, second, last = numbers
+    a, b = _floats(words, constants, KIND, HOW, LAYOUT)
     if is_affine(KIND):
-        OFFSETS: gl.constexpr = offsets(KIND)
-        if one_addition(KIND, SCALE, ZERO):
-            a = gl.fma(a, scale, first)
-            b = gl.fma(b, scale, second)
+        if HOW == SCALED:
+            a = gl.fma(a, first, last)
+            b = gl.fma(b, second, last)
         elif ZERO.is_int():
-            a = (a - first) * scale
-            b = (b - second) * scale
+            a = (a - first) * last
+            b = (b - second) * last
         else:
-            a = (a - OFFSETS[0] - first) * scale
-            b = (b - OFFSETS[1] - second) * scale
+            OFFSETS: gl.constexpr = offsets(KIND)
+            a = a - OFFSETS[0]
+            b = b - OFFSETS[1]
+            if exact_product(SCALE, ZERO):
+                a = gl.fma(a, last, first)
+                b = gl.fma(b, last, first)
+            else:
+                a = (a - first) * last
+                b = (b - second) * last
     elif not ROW_SCALES:
-        a = a * scale
-        b = b * scale
+        a = a * last
+        b = b * last
     both = gl.join(a, b).reshape(a.shape[0], a.shape[1] * 8).to(DTYPE)
     return gl.convert_layout(both, OPERAND, assert_trivial=True)

@@ -164,11 +164,19 @@ def launch_wide(x: Tensor, weight: LaunchWeight, bias: Tensor | None, chosen: Pl
         TILES[bm].stages,
         TOGETHER,
         KINDS[kind],
+        two_at_once(weight, k),
         bias is not None,
         OF_PRODUCTS,
     )
     run(wide_hopper_kernel, (programs, 1, 1), x, pointers, arguments, constants)
     return out
+
+
+def two_at_once(weight: LaunchWeight, k: int) -> bool:
+    """May scales and zeros of two groups, which are a turn's two steps, be read by one load each?"""
+    tensors = [t for t in (weight.scale, weight.zero) if t is not None]
+    even = weight.group == BK and k % (2 * BK) == 0
+    return even and all(t.data_ptr() % (2 * t.element_size()) == 0 for t in tensors)
 
 
 def aligned(x: Tensor) -> Tensor:

@@ -156,11 +156,12 @@ def tables(scale, zero, ONE_ADDITION: gl.constexpr, BITS: gl.constexpr, DTYPE: g
         )
         b = a
         d = c
-    return (_of_rows(a), _of_rows(b), _of_rows(c), _of_rows(d))
+    return (of_rows(a), of_rows(b), of_rows(c), of_rows(d))
 
 
 @gluon.jit
-def _of_rows(a):
+def of_rows(a):
+    """`[rows]` as `[rows, 1, 1, 1]`."""
     return gl.expand_dims(gl.expand_dims(gl.expand_dims(a, 1), 2), 3)
 
 

@@ -28,6 +28,11 @@ from quantkit.kernels.wide_hopper_plan import BK, BN, TILES
         (256, "codebook", "bf16", 64, "fp32", "fp32", False),
         (256, "affine8", "bf16", 128, "bf16", "u8", False),
         (256, "affine8", "bf16", 64, "fp16", "u8", False),
+        (256, "affine4", "bf16", 64, "bf16", "u8", False),
+        (256, "affine4", "fp16", 128, "fp16", "u8", True),
+        (256, "affine4", "bf16", 64, "fp16", "fp16", False),
+        (256, "affine8", "bf16", 64, "fp16", "fp16", True),
+        (256, "affine4", "bf16", 64, "fp32", "fp32", False),
         (256, "affine8", "fp16", 64, "fp16", "fp16", True),
         (256, "float8", "bf16", 128, "fp32", "fp32", False),
         (256, "float8", "fp16", 0, "fp32", "fp32", True),
@@ -75,6 +80,7 @@ def test_compiled_code(
         "STAGES": TILES[rows].stages,
         "TOGETHER": wide_hopper_launch.TOGETHER,
         "KIND": wide_hopper_launch.KINDS[kind],
+        "TWO": group == BK,
         "HAS_BIAS": bias,
         "REGISTERS": wide_hopper_launch.OF_PRODUCTS,
     }
@@ -90,21 +96,25 @@ def test_compiled_code(
     assert not any("STL" in line or "LDL" in line for line in lines)
     loops = product_loops(lines)
     assert len(loops) == 2  # one of each warpgroup
-    # The instruction that takes a pair of codes out of its words, and how many of them a step and thread has. (2 and 3
-    # bits: that takes those of 4 octets, beside which each of these has 9 permutations.)
+    # An instruction that every pair of codes takes, and how many of them a step and thread has. (2 and 3 bits: that takes
+    # those of 4 octets, beside which each of these has 9 permutations.)
     planes = kind in ("affine2", "affine3")
+    pairs = kind in ("affine4", "affine8") and zero == "u8" and scale == dtype
     takes = {"affine8": "PRMT", "float8": "F2FP.F16.E4M3"}.get(kind, "SHF.L.W")
-    count = {"affine8": 48, "affine3": 12, "affine2": 4}.get(kind, 16)
+    count = {"affine8": 32, "affine3": 12, "affine2": 4}.get(kind, 16)
+    if pairs:
+        takes, count = "HMUL2", 16
     for loop in loops:
         assert sum("HGMMA" in line for line in loop) == 8
         # 32 weights are decoded while the product before is in flight: from one issue to the next, and from there
         # to the last wait, behind which ptxas leaves only the rounding.
         for between in beside_products(loop):
-            assert sum(line.startswith(takes) for line in between) == count
+            taken = sum(line.startswith(takes) for line in between)
+            assert taken == count or (kind == "affine8" and count < taken <= count + 4)  # halves of two groups' scales
             if planes:
                 # Beside them those of tables, 4 each: two a step, which may be the next one's.
                 assert 36 <= sum(line.startswith("PRMT") for line in between) <= 36 + 16
-            elif kind != "float8" or group:
+            elif not pairs and (kind != "float8" or group):
                 assert sum(line.startswith(("FFMA", "FMUL")) for line in between) >= 32
         assert not overwritten_operands(loop)
         assert not any("MEMBAR" in line for line in loop)
