@@ -31,13 +31,14 @@ from quantkit.kernels.bench_cases import random_weight
 from quantkit.kernels.wide_hopper_plan import BN, Plan, plan, share
 
 #: Groups of a step, of a turn (two steps), longer, of a row; float zeros; tails of N; odd numbers of steps and turns.
-#: Scales are float16, or "own": in the dtype of x, "other": in the other one of 16 bits, "wide": float32, as float zeros.
+#: Scales are float16, or "own": in the dtype of x, "other": the other one of 16 bits, "wide": float32; float zeros too.
 CASES = (
     ("affine-4g128", 264, 640), ("affine-4g64", 520, 576), ("hqq-4g64", 1032, 1024), ("affine-4g192", 64, 192),
     ("affine-4g1024", 256, 1024), ("nf4", 264, 576), ("affine-8g128 own", 264, 640), ("affine-8g64 own", 520, 576),
     ("hqq-8g64", 1032, 1024), ("affine-8g192 other", 64, 192), ("fp8-tensor", 264, 576), ("fp8-channel", 520, 640),
     ("affine-4g64 own", 264, 640), ("affine-4g128 other", 520, 576), ("hqq-4g64 own", 264, 640), ("nf4", 392, 640),
-    ("hqq-4g64 wide", 264, 576), ("hqq-8g128 wide", 264, 640), ("affine-8g64 wide", 264, 640), ("affine-8g64", 264, 640),
+    ("hqq-4g64 wide", 264, 576), ("hqq-8g128 wide", 264, 640), ("affine-8g64 wide", 264, 640),
+    ("affine-8g64", 264, 640), ("affine-4g64 wide", 264, 640), ("affine-4g512", 2048, 512),
     ("fp8-block", 392, 512), ("affine-4g128", 4096, 4096), ("affine-3g128", 264, 640), ("affine-3g64 own", 520, 384),
     ("hqq-3g64", 1032, 1024), ("affine-3g192", 64, 384), ("affine-3g640", 264, 640), ("affine-3g64", 392, 128),
     ("affine-3g128", 4096, 4096), ("affine-2g64", 520, 576), ("hqq-2g64", 264, 640), ("ternary", 1032, 1024),

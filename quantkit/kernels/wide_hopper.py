@@ -39,13 +39,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from quantkit.kernels.wide_hopper_affine import arithmetic, divisor
 from quantkit.kernels.wide_hopper_decode import (
-    FLOAT8,
-    arithmetic,
-    bits_of,
-    by_planes,
     decode,
-    divisor,
     factors,
     lane_constants,
     load_both,
@@ -57,6 +53,7 @@ from quantkit.kernels.wide_hopper_decode import (
     step_layout,
     words_layout,
 )
+from quantkit.kernels.wide_hopper_kinds import FLOAT8, bits_of, by_planes
 from quantkit.kernels.wide_hopper_parts import store_sums
 from quantkit.kernels.wide_hopper_planes import words_of_step
 
@@ -258,8 +255,7 @@ def _multiply(
         t, n0, m0, begin, end = unit_of_work(u, plan, M, N, K, BN, BM, BK, TOGETHER)
         n0 += PART * ROWS
         at = gl.minimum(n0 + gl.arange(0, ROWS, ROW), N - 1) // scale_rows * groups
-        # Scales and zeros: of this turn's steps, or its second; of the next turn's; where they are loaded apart, of that
-        # one's second.
+        # Scales and zeros of this turn's steps or its second, of the next turn's or its first; and of that one's second.
         if TWO:
             this = load_both(scale_ptr, zero_ptr, at, begin, groups, BK, KIND)
             later = load_both(scale_ptr, zero_ptr, at, begin + 2, groups, BK, KIND)
@@ -363,9 +359,9 @@ def wide_hopper_kernel(
 
     2 and 3 bits: `w_desc` is for low planes, two steps a block; 3 bits have `high_desc` for high planes (else None).
     GROUP is a multiple of BK, or 0: one group per row. TWO: GROUP is BK, `groups` even, scales and zeros of two groups
-    may be read at once. `whole` tiles are given out one by one; the first
-    `sharers` programs share the others' steps evenly, a turn for each or more. Sums of parts go to `parts_ptr`, float32
-    `[2 * sharers, BM, BN]`; `arrived_ptr`: int32 `[tiles - whole, 2]`, zeros before and after.
+    may be read at once. `whole` tiles are given out one by one; the first `sharers` programs share the others' steps
+    evenly, a turn for each or more. Sums of parts go to `parts_ptr`, float32 `[2 * sharers, BM, BN]`; `arrived_ptr`:
+    int32 `[tiles - whole, 2]`, zeros before and after.
     Grid: (programs,), `sharers` at least; 4 warps.
     """
     x_s = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BM, BK], x_desc.layout)
@@ -391,8 +387,10 @@ def wide_hopper_kernel(
     plan = (whole, sharers)
     gl.warp_specialize(
         [
-            (_multiply, (y_desc, packed, buffers, sizes, plan, GROUP, BN, BM, BK, STAGES, TOGETHER, KIND, TWO, HAS_BIAS, 0)),
-            (_multiply, (y_desc, packed, buffers, sizes, plan, GROUP, BN, BM, BK, STAGES, TOGETHER, KIND, TWO, HAS_BIAS, 1)),
+            (_multiply, (y_desc, packed, buffers, sizes, plan,
+                         GROUP, BN, BM, BK, STAGES, TOGETHER, KIND, TWO, HAS_BIAS, 0)),
+            (_multiply, (y_desc, packed, buffers, sizes, plan,
+                         GROUP, BN, BM, BK, STAGES, TOGETHER, KIND, TWO, HAS_BIAS, 1)),
             (_copy, (x_desc, codes_desc, buffers, sizes, plan, BN, BM, BK, STAGES, TOGETHER, KIND)),
         ],
         [4, 1],

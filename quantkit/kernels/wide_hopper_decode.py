@@ -1,31 +1,9 @@
 """Codes in shared memory become the first operand of `wgmma`, in registers (Gluon; see `wide_hopper`).
 
 A thread of a quad holds k = 2t, 2t + 1 (t = 0 .. 3) of every 8 inputs, which are a byte of 4-bit codes, or two bytes.
-An affine weight is `(q - zero) * scale`, rounded once where scales have 16 bits. How (`arithmetic`):
-
-**Pairs** (integer zeros, scales of the dtype of x). A byte permutation puts the codes into the halves of a register,
-where two 16-bit instructions do the arithmetic: q - zero is exact, the product rounded as W is.
-
-    bfloat16    & 0x00F0000F       codes are subnormal numbers, q * 2 ** -133 (in bits 4 .. 7: -129); `fma` with powers
-                                   of two gives (q - zero) * 2 ** -6, to be multiplied by scale * 2 ** 6
-    float16     ... | 0x64006400   1024 + q (in bits 4 .. 7: 1024 + 16 q)
-
-**Scaled** (x in bfloat16, other scales of 16 bits, integer zeros or zeros of 16 bits). Codes are subnormal float32
-numbers, so there is no offset, and one `fma` gives W / 2 ** 40: q * scale - zero * scale has one rounding, since the
-product of two 16-bit numbers is exact. The sums take the power of two back.
-
-    low nibble  & 0x0f000    q * 2 ** -137        byte 1    q * 2 ** -141
-    high nibble & 0xf0000    q * 2 ** -133
-
-`quantkit.encoding.dequantize` rounds q - zero first. That is exact, too, unless a zero is tiny but not 0 (float16: below
-2 ** -10 with 4 bits, 2 ** -6 with 8): float32 values may differ in their last bit, of which bfloat16 keeps nothing but
-at a tie.
-
-**Floats** (the rest). 2048 + q and 128 + q (8 bits: 32768 + q), from which the offset and an integer zero are
-subtracted exactly; then a float zero and the product, as `dequantize` does, or as above where both have 16 bits.
-
+**Affine** weights are `wide_hopper_affine`'s, **2 and 3 bits** are looked up: `wide_hopper_planes`.
 **Codebooks.** The table lies in the lanes, two copies of 16 entries, and a shuffle reads the entry of each code.
-**float8.** Two bytes go through the chip's conversion. **2 and 3 bits** are looked up: `wide_hopper_planes`.
+**float8.** Two bytes go through the chip's conversion.
 """
 
 # mypy: ignore-errors
@@ -35,22 +13,34 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from quantkit.kernels.wide_hopper_planes import look_up, of_rows, operand_of, planes_layout, quad_constants, tables
-
-#: Kinds of weights.
-AFFINE_4 = gl.constexpr(4)
-AFFINE_8 = gl.constexpr(8)
-AFFINE_3 = gl.constexpr(3)
-AFFINE_2 = gl.constexpr(2)
-FLOAT8 = gl.constexpr(1)
-TABLE_4 = gl.constexpr(0)
-
-#: How `(q - zero) * scale` is computed.
-PAIRS = gl.constexpr(0)
-SCALED = gl.constexpr(1)
-FLOATS = gl.constexpr(2)
-#: What W is divided by where it is SCALED: so much that scales, times the power of two of codes, are finite.
-_DIVISOR = 40
+from quantkit.kernels.wide_hopper_affine import (
+    PAIRS,
+    SPLIT,
+    affine_numbers,
+    affine_weights,
+    floats_asm,
+    in_pairs,
+    one_addition,
+    product_asm,
+    two_of,
+)
+from quantkit.kernels.wide_hopper_kinds import (
+    AFFINE_4,
+    AFFINE_8,
+    FLOAT8,
+    TABLE_4,
+    bits_of,
+    by_planes,
+    is_affine,
+)
+from quantkit.kernels.wide_hopper_planes import (
+    look_up,
+    of_rows,
+    operand_of,
+    planes_layout,
+    quad_constants,
+    tables,
+)
 
 #: Of a table that lanes 0 .. 15 hold, and 16 .. 31 once more, so that bit 4 of a lane's number is free.
 #: Codebooks keep the earlier code in the high nibble.
@@ -63,26 +53,6 @@ _FLOAT8_TO_FLOATS = gl.constexpr(
     "{ .reg .b32 r; .reg .b16 a, b; prmt.b32 r, $2, $3, $4; cvt.u16.u32 a, r; cvt.rn.f16x2.e4m3x2 r, a; "
     "mov.b32 {a, b}, r; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; }"
 )
-
-
-@gluon.constexpr_function
-def bits_of(kind):
-    """Bits of a code."""
-    if kind in (AFFINE_2, AFFINE_3):
-        return 2 if kind == AFFINE_2 else 3
-    return 4 if kind in (AFFINE_4, TABLE_4) else 8
-
-
-@gluon.constexpr_function
-def is_affine(kind):
-    """Has the weight zeros?"""
-    return kind in (AFFINE_2, AFFINE_3, AFFINE_4, AFFINE_8)
-
-
-@gluon.constexpr_function
-def by_planes(kind):
-    """Are codes of a turn of two steps copied together, and decoded by `wide_hopper_planes`?"""
-    return kind in (AFFINE_2, AFFINE_3)
 
 
 @gluon.constexpr_function
@@ -132,56 +102,8 @@ def step_layout(kind, rows, inputs):
 
 
 @gluon.constexpr_function
-def arithmetic(kind, dtype, scale, zero):
-    """How an affine weight of 4 or 8 bits becomes numbers of `dtype`, by the dtypes of scales and zeros."""
-    if zero.is_int() and scale == dtype:
-        return PAIRS
-    few_bits = exact_product(scale, zero) or (zero.is_int() and scale.primitive_bitwidth == 16)
-    return SCALED if dtype == gl.bfloat16 and few_bits else FLOATS
-
-
-@gluon.constexpr_function
-def exact_product(scale, zero):
-    """Are these the dtypes of a zero that is a float, and of a scale, whose product float32 holds?"""
-    return not zero.is_int() and scale.primitive_bitwidth == 16 and zero.primitive_bitwidth == 16
-
-
-@gluon.constexpr_function
-def in_pairs(kind, dtype, scale, zero):
-    """Does `decode` make registers of two weights?"""
-    return kind in (AFFINE_4, AFFINE_8) and arithmetic(kind, dtype, scale, zero) == PAIRS
-
-
-@gluon.constexpr_function
-def divisor(kind, dtype, scale, zero):
-    """What `decode` divides weights by."""
-    scaled = kind in (AFFINE_4, AFFINE_8) and arithmetic(kind, dtype, scale, zero) == SCALED
-    return 2.0**_DIVISOR if scaled else 1.0
-
-
-@gluon.constexpr_function
-def powers(kind):
-    """What turns subnormal codes, first and second of a pair, into q / 2 ** _DIVISOR."""
-    first, second = (137, 133) if kind == AFFINE_4 else (141, 141)
-    return 2.0 ** (first - _DIVISOR), 2.0 ** (second - _DIVISOR)
-
-
-@gluon.constexpr_function
-def floats_asm(kind, how):
-    """PTX for the codes ($0, $1) of a pair in bits of float32. $2: word; $3, $4: `_places`."""
-    if kind == AFFINE_8:
-        base = "0x47000000" if how == FLOATS else "0"
-        return f"prmt.b32 $0, $2, {base}, $3; prmt.b32 $1, $2, {base}, $4;"
-    low, high = ("0x45000000", "0x43000000") if how == FLOATS else ("0", "0")
-    return (
-        "{ .reg .b32 r; shf.l.wrap.b32 r, $2, $2, $3; "
-        f"lop3.b32 $0, r, 0x0F000, {low}, 0xEA; lop3.b32 $1, r, 0xF0000, {high}, 0xEA; }}"
-    )
-
-
-@gluon.constexpr_function
-def pairs_asm(kind, dtype):
-    """PTX for two weights ($0) in a register. $1: word; $2: `_places`; $3, $4: `_factors`."""
+def pairs_asm(kind, how, dtype):
+    """PTX for two weights ($0) in a register. $1: word; $2: `_places`; $3, $4, $5: `_factors`."""
     brain = dtype == gl.bfloat16
     codes = "prmt.b32 r, $1, " + ("0" if brain or kind == AFFINE_4 else "0x64646464") + ", $2; "
     if kind == AFFINE_4:
@@ -190,36 +112,20 @@ def pairs_asm(kind, dtype):
         powers = "0x7D007F00" if kind == AFFINE_4 else "0x7F007F00"
     else:
         powers = "0x2C003C00" if kind == AFFINE_4 else "0x3C003C00"
-    kind_of_two = "bf16x2" if brain else "f16x2"
+    two = "bf16x2" if brain else "f16x2"
     return (
-        "{ .reg .b32 r, p; " + codes + f"mov.b32 p, {powers}; "
-        f"fma.rn.{kind_of_two} r, r, p, $3; mul.rn.{kind_of_two} $0, r, $4; }}"
+        "{ .reg .b32 r, p; "
+        + codes
+        + f"mov.b32 p, {powers}; fma.rn.{two} r, r, p, $3; "
+        + product_asm("$0", "r", "p", "$5", "$4", how, two)
+        + " }"
     )
-
-
-@gluon.constexpr_function
-def two_of(dtype):
-    """Types of two results."""
-    return (dtype, dtype)
 
 
 @gluon.constexpr_function
 def pack_asm(dtype):
     """PTX: two float32, $1 and $2, as one register."""
     return f"cvt.rn.{'bf16x2' if dtype == gl.bfloat16 else 'f16x2'}.f32 $0, $2, $1;"
-
-
-@gluon.constexpr_function
-def one_addition(kind, scale, zero):
-    """Is `(q - zero) * scale` one exact fused multiply-add for these dtypes?"""
-    few_bits = scale.is_bf16() if kind == AFFINE_8 else scale.primitive_bitwidth == 16
-    return zero.is_int() and few_bits
-
-
-@gluon.constexpr_function
-def offsets(kind):
-    """What the floats of a pair of codes hold beside the code."""
-    return (32768.0, 32768.0) if kind == AFFINE_8 else (2048.0, 128.0)
 
 
 @gluon.jit
@@ -244,13 +150,13 @@ def _places(lut_ptr, KIND: gl.constexpr, HOW: gl.constexpr, ROWS: gl.constexpr, 
     if KIND == FLOAT8:
         place = pair * 0x22 + 0x10
         other = place
-    elif KIND == AFFINE_8 and HOW == PAIRS:
+    elif KIND == AFFINE_8 and in_pairs(HOW):
         place = low * 0x0202 + 0x4140 + half * 0
         other = place
     elif KIND == AFFINE_8:
         place = low * 0x20 + 0x7404 + half * 0
         other = place + 0x10
-    elif KIND == AFFINE_4 and HOW == PAIRS:
+    elif KIND == AFFINE_4 and in_pairs(HOW):
         place = pair * 0x0101 + 0x4040
         other = place
     else:
@@ -268,7 +174,7 @@ def factors(scale, zero, KIND: gl.constexpr, HOW: gl.constexpr, DTYPE: gl.conste
     """What `decode` needs of a group, as `[rows, 1, 1, 1]` each: numbers for first and second codes, and for both; or
     the tables of `wide_hopper_planes`."""
     if by_planes(KIND):
-        numbers = tables(scale, zero, one_addition(KIND, scale.dtype, zero.dtype), bits_of(KIND), DTYPE)
+        numbers = tables(scale, zero, one_addition(scale.dtype, zero.dtype), bits_of(KIND), DTYPE)
     else:
         numbers = _factors(scale, zero, KIND, HOW, DTYPE)
     return numbers
@@ -276,34 +182,21 @@ def factors(scale, zero, KIND: gl.constexpr, HOW: gl.constexpr, DTYPE: gl.conste
 
 @gluon.jit
 def _factors(scale, zero, KIND: gl.constexpr, HOW: gl.constexpr, DTYPE: gl.constexpr):
-    s = scale.to(gl.float32)
-    z = zero.to(gl.float32)
-    first = s
-    second = s
     if is_affine(KIND):
+        first, second, last = affine_numbers(scale, zero, KIND, HOW, DTYPE)
         if HOW == PAIRS:
-            if DTYPE == gl.bfloat16:
-                s = s * 64.0
-                first = z * (-1.0 / 64)
-                second = first
-            else:
-                first = -1024.0 - z
-                second = first if KIND == AFFINE_8 else -64.0 - z
             first = _two(first, second, DTYPE)
-            s = _two(s, s, DTYPE)
             second = first
-        elif HOW == SCALED:
-            POWERS: gl.constexpr = powers(KIND)
-            first = s * POWERS[0]
-            second = s * POWERS[1]
-            s = -z * (s * (1.0 / divisor(KIND, DTYPE, scale.dtype, zero.dtype)))
-        else:
-            OFFSETS: gl.constexpr = offsets(KIND)
-            first = z + (OFFSETS[0] if zero.dtype.is_int() else 0.0)
-            second = z + (OFFSETS[1] if zero.dtype.is_int() else 0.0)
-            if exact_product(scale.dtype, zero.dtype):
-                first = -z * s
-    return (of_rows(first), of_rows(second), of_rows(s))
+            last = _two(last, last, DTYPE)
+        elif HOW == SPLIT:
+            first = _two(first, first, DTYPE)
+            second = _two(second, second, DTYPE)
+            last = _two(last, last, DTYPE)
+    else:
+        last = scale.to(gl.float32)
+        first = last
+        second = last
+    return (of_rows(first), of_rows(second), of_rows(last))
 
 
 @gluon.jit
@@ -426,25 +319,34 @@ def decode(
     """
     if by_planes(KIND):
         decoded = look_up(words, constants, numbers, bits_of(KIND))
-    elif HOW == PAIRS:
+    elif in_pairs(HOW):
         place, _ = constants
-        zero, _, scale = numbers
-        ASM: gl.constexpr = pairs_asm(KIND, DTYPE)
+        zero, rest, scale = numbers
+        ASM: gl.constexpr = pairs_asm(KIND, HOW, DTYPE)
         w, _ = _words(words, KIND, LAYOUT)
         decoded = gl.inline_asm_elementwise(
-            ASM, "=r,r,r,r,r", [w, place, zero, scale], dtype=gl.int32, is_pure=True, pack=1
+            ASM, "=r,r,r,r,r,r", [w, place, zero, rest, scale], dtype=gl.int32, is_pure=True, pack=1
         )
     else:
-        decoded = _decode(words, constants, numbers, ZERO, SCALE, ROW_SCALES, KIND, HOW, DTYPE, LAYOUT, OPERAND)
+        decoded = _decode(
+            words, constants, numbers, ZERO, SCALE, ROW_SCALES, KIND, HOW, DTYPE, LAYOUT, OPERAND
+        )
     return decoded
 
 
 @gluon.jit
-def operand(decoded, KIND: gl.constexpr, HOW: gl.constexpr, DTYPE: gl.constexpr, LAYOUT: gl.constexpr, OPERAND: gl.constexpr):
+def operand(
+    decoded,
+    KIND: gl.constexpr,
+    HOW: gl.constexpr,
+    DTYPE: gl.constexpr,
+    LAYOUT: gl.constexpr,
+    OPERAND: gl.constexpr,
+):
     """What `decode` made, as the first operand `[rows, inputs]` of a product."""
     if by_planes(KIND):
         a = operand_of(decoded, DTYPE, LAYOUT, OPERAND)
-    elif HOW == PAIRS:
+    elif in_pairs(HOW):
         BOTH: gl.constexpr = two_of(DTYPE)
         lo, hi = gl.inline_asm_elementwise(
             "mov.b32 {$0, $1}, $2;", "=h,=h,r", [decoded], dtype=BOTH, is_pure=True, pack=1
@@ -473,22 +375,7 @@ def _decode(
     first, second, last = numbers
     a, b = _floats(words, constants, KIND, HOW, LAYOUT)
     if is_affine(KIND):
-        if HOW == SCALED:
-            a = gl.fma(a, first, last)
-            b = gl.fma(b, second, last)
-        elif ZERO.is_int():
-            a = (a - first) * last
-            b = (b - second) * last
-        else:
-            OFFSETS: gl.constexpr = offsets(KIND)
-            a = a - OFFSETS[0]
-            b = b - OFFSETS[1]
-            if exact_product(SCALE, ZERO):
-                a = gl.fma(a, last, first)
-                b = gl.fma(b, last, first)
-            else:
-                a = (a - first) * last
-                b = (b - second) * last
+        a, b = affine_weights(a, b, first, second, last, KIND, HOW, SCALE, ZERO)
     elif not ROW_SCALES:
         a = a * last
         b = b * last

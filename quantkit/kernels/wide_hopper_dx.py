@@ -24,8 +24,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from quantkit.kernels.wide_hopper import advance, parts_of, unit_of_work, units_of_work
-from quantkit.kernels.wide_hopper_decode import is_affine, offsets, one_addition
-from quantkit.kernels.wide_hopper_dx_decode import decode_columns, in_order, lane_table, sets_of, units_layout
+from quantkit.kernels.wide_hopper_affine import SPLIT, arithmetic, divisor
+from quantkit.kernels.wide_hopper_dx_decode import (
+    column_factors,
+    decode_columns,
+    factor_dtype,
+    in_order,
+    lane_table,
+    sets_of,
+    units_layout,
+)
+from quantkit.kernels.wide_hopper_kinds import is_affine
 from quantkit.kernels.wide_hopper_parts import store_sums
 
 
@@ -43,7 +52,7 @@ def _copy(
     TOGETHER: gl.constexpr,
 ):
     """The warp that copies. N is walked in pairs of steps; TMA fills with zeros what lies outside."""
-    dy_s, w_s, _, _, _, full, empty = buffers
+    dy_s, w_s, _, _, full, empty = buffers
     M, N, K, _, _ = sizes
     UNIT: gl.constexpr = BN // w_desc.block_type.shape[1]
     stage = 0
@@ -87,16 +96,15 @@ def _load_groups(
 
 
 @gluon.jit
-def _store_group(s_s, z_s, at, scale, zero, KIND: gl.constexpr):
-    """What `decode_columns` needs of a group: scale, and what the first code of a pair takes."""
-    s_s.index(at).store(scale)
+def _store_group(factors, at, scale, zero, KIND: gl.constexpr, DTYPE: gl.constexpr):
+    """What `decode_columns` needs of a group."""
+    HOW: gl.constexpr = arithmetic(KIND, DTYPE, scale.dtype, zero.dtype)
+    times, plus, rest = column_factors(scale, zero, KIND, HOW, DTYPE)
+    factors[0].index(at).store(times)
     if is_affine(KIND):
-        first = zero.to(gl.float32)
-        if zero.dtype.is_int():
-            first = first + offsets(KIND)[0]
-        if one_addition(KIND, scale.dtype, zero.dtype):
-            first = -first * scale.to(gl.float32)
-        z_s.index(at).store(first)
+        factors[1].index(at).store(plus)
+    if HOW == SPLIT:
+        factors[2].index(at).store(rest)
 
 
 @gluon.jit
@@ -110,12 +118,12 @@ def _give(
     KIND: gl.constexpr,
 ):
     """The next free buffer gets a step's scales and zeros."""
-    _, _, s_s, z_s, _, full, empty = buffers
+    dy_s, _, factors, _, full, empty = buffers
     scale, zero, other_scale, other_zero = given
     mbarrier.wait(empty.index(stage), phase)
-    _store_group(s_s, z_s, stage * SETS, scale, zero, KIND)
+    _store_group(factors, stage * SETS, scale, zero, KIND, dy_s.dtype)
     if SETS == 2:
-        _store_group(s_s, z_s, stage * SETS + 1, other_scale, other_zero, KIND)
+        _store_group(factors, stage * SETS + 1, other_scale, other_zero, KIND, dy_s.dtype)
     mbarrier.arrive(full.index(stage), count=1)
     return advance(stage, phase, STAGES)
 
@@ -175,13 +183,15 @@ def _multiply(
 ):
     """Warpgroup PART: its half of the columns of every tile of W."""
     scale_ptr, zero_ptr, lut_ptr, parts_ptr, arrived_ptr = packed
-    dy_s, _, _, _, y_s, full, empty = buffers
+    dy_s, _, _, y_s, full, empty = buffers
     M, N, K, _, _ = sizes
     DTYPE: gl.constexpr = dy_s.dtype
     ROWS: gl.constexpr = BN // 2
     ZERO: gl.constexpr = zero_ptr.dtype.element_ty
     SCALE: gl.constexpr = scale_ptr.dtype.element_ty
     SETS: gl.constexpr = sets_of(GROUP, BN)
+    HOW: gl.constexpr = arithmetic(KIND, DTYPE, SCALE, ZERO)
+    DIVISOR: gl.constexpr = divisor(KIND, DTYPE, SCALE, ZERO)
     SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUM, 2)
     LAYOUT: gl.constexpr = units_layout(KIND, ROWS, BS)
@@ -193,15 +203,16 @@ def _multiply(
     for u in range(units_of_work(plan, M, K, N, BN, BM, BS)):
         t, k0, m0, begin, end = unit_of_work(u, plan, M, K, N, BN, BM, BS, TOGETHER)
         mbarrier.wait(full.index(stage), phase)
-        a = decode_columns(buffers, stage, table, ZERO, SCALE, SETS, KIND, DTYPE, LAYOUT, OPERAND, PART)
+        a = decode_columns(buffers, stage, table, ZERO, SCALE, SETS, KIND, HOW, DTYPE, LAYOUT, OPERAND, PART)
         acc = gl.zeros((ROWS, BM), gl.float32, SUM)
         for i in range(begin, end, 2):
             acc = warpgroup_mma(a, dy_s.index(stage).permute((1, 0)), acc, is_async=True)
             one = stage
             stage, phase = advance(stage, phase, STAGES)
             mbarrier.wait(full.index(stage), phase)
-            a = decode_columns(buffers, stage, table, ZERO, SCALE, SETS, KIND, DTYPE, LAYOUT, OPERAND, PART)
-
+            a = decode_columns(
+                buffers, stage, table, ZERO, SCALE, SETS, KIND, HOW, DTYPE, LAYOUT, OPERAND, PART
+            )
             acc = warpgroup_mma(a, dy_s.index(stage).permute((1, 0)), acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=(acc,))
             mbarrier.arrive(empty.index(one), count=1)
@@ -209,10 +220,14 @@ def _multiply(
             other_phase = phase
             stage, phase = advance(stage, phase, STAGES)
             mbarrier.wait(full.index(stage), phase, pred=i + 2 < end)
-            a = decode_columns(buffers, stage, table, ZERO, SCALE, SETS, KIND, DTYPE, LAYOUT, OPERAND, PART)
+            a = decode_columns(
+                buffers, stage, table, ZERO, SCALE, SETS, KIND, HOW, DTYPE, LAYOUT, OPERAND, PART
+            )
             mbarrier.wait(full.index(other), other_phase)  # passed before: it ends the basic block
             acc, a = warpgroup_mma_wait(0, deps=(acc, a))
             mbarrier.arrive(empty.index(other), count=1)
+        if DIVISOR != 1:
+            acc = acc * DIVISOR
         ordered = in_order(acc, WIDE)
         complete, places = parts_of(t, plan, begin, end, M, K, N, BN, BM, BS)
         WHERE: gl.constexpr = ordered.type.layout
@@ -260,8 +275,11 @@ def wide_hopper_dx_kernel(
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     dy_s = gl.allocate_shared_memory(dy_desc.dtype, [STAGES, BM, BS], dy_desc.layout)
     w_s = gl.allocate_shared_memory(gl.int16, [STAGES, BS, UNITS], w_desc.layout)
-    s_s = gl.allocate_shared_memory(scale_ptr.dtype.element_ty, [LINES, BS], FLAT)
-    z_s = gl.allocate_shared_memory(gl.float32, [LINES if is_affine(KIND) else 1, BS], FLAT)
+    HOW: gl.constexpr = arithmetic(KIND, dy_desc.dtype, scale_ptr.dtype.element_ty, zero_ptr.dtype.element_ty)
+    FACTOR: gl.constexpr = factor_dtype(KIND, HOW, dy_desc.dtype)
+    times_s = gl.allocate_shared_memory(FACTOR, [LINES, BS], FLAT)
+    plus_s = gl.allocate_shared_memory(FACTOR, [LINES if is_affine(KIND) else 1, BS], FLAT)
+    rest_s = gl.allocate_shared_memory(FACTOR, [LINES if HOW == SPLIT else 1, BS], FLAT)
     y_s = gl.allocate_shared_memory(dy_desc.dtype, [2, BM, BN // 2], dx_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -270,7 +288,7 @@ def wide_hopper_dx_kernel(
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
     packed = (scale_ptr, zero_ptr, lut_ptr, parts_ptr, arrived_ptr)
-    buffers = (dy_s, w_s, s_s, z_s, y_s, full, empty)
+    buffers = (dy_s, w_s, (times_s, plus_s, rest_s), y_s, full, empty)
     sizes = (M, N, K, groups, scale_rows)
     plan = (whole, sharers)
     gl.warp_specialize(

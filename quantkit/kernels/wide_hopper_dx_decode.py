@@ -8,7 +8,7 @@ are columns of W in another order, which `in_order` undoes for its sums:
     4 bits    column 32 a + 4 r + 2 b + h is row 8 h + r of warp 2 a + b
     8 bits    column 16 w + 2 r + h is row 8 h + r of warp w
 
-The arithmetic is that of `wide_hopper_decode`, so W is the same bit for bit.
+The arithmetic is that of `wide_hopper_affine`, so W is the same bit for bit.
 """
 
 # mypy: ignore-errors
@@ -18,21 +18,20 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from quantkit.kernels.wide_hopper_decode import (
-    FLOAT8,
-    TABLE_4,
-    bits_of,
-    is_affine,
+from quantkit.kernels.wide_hopper_affine import (
+    FLOATS,
+    SCALED,
+    SPLIT,
+    affine_numbers,
+    affine_weights,
+    in_pairs,
     offsets,
-    one_addition,
+    powers,
+    product_asm,
+    two_of,
 )
+from quantkit.kernels.wide_hopper_kinds import AFFINE_4, AFFINE_8, FLOAT8, TABLE_4, bits_of, is_affine
 
-#: Codes 0, 1 (or 2, 3) of the units of rows n and n + 1: to bits 12 .. 15 and 16 .. 19.
-_NIBBLES = gl.constexpr(
-    "{ .reg .b32 l, h; shl.b32 l, $4, $5; shr.b32 h, $4, $7; "
-    "lop3.b32 $0, l, 0x0F000, 0x45000000, 0xEA; lop3.b32 $1, h, 0x0F000, 0x45000000, 0xEA; "
-    "lop3.b32 $2, l, 0xF0000, 0x43000000, 0xEA; lop3.b32 $3, h, 0xF0000, 0x43000000, 0xEA; }"
-)
 #: The table's entries of them. Lanes 0 .. 15 hold it, and 16 .. 31 once more. The earlier code is the high nibble.
 _ENTRIES = gl.constexpr(
     "{ .reg .b32 r; shr.b32 r, $4, $7; shfl.sync.idx.b32 $2, $9, r, 0x1f, 0xffffffff; "
@@ -40,16 +39,74 @@ _ENTRIES = gl.constexpr(
     "shr.b32 r, r, 12; shfl.sync.idx.b32 $3, $9, r, 0x1f, 0xffffffff; "
     "shr.b32 r, r, 4; shfl.sync.idx.b32 $1, $9, r, 0x1f, 0xffffffff; }"
 )
-_BYTES = gl.constexpr(
-    "prmt.b32 $0, $4, 0x47000000, 0x7404; prmt.b32 $1, $4, 0x47000000, 0x7424; "
-    "prmt.b32 $2, $4, 0x47000000, 0x7414; prmt.b32 $3, $4, 0x47000000, 0x7434;"
-)
 _FLOAT8 = gl.constexpr(
     "{ .reg .b32 r; .reg .b16 a, b; prmt.b32 r, $4, 0, 0x4420; cvt.u16.u32 a, r; cvt.rn.f16x2.e4m3x2 r, a; "
     "mov.b32 {a, b}, r; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; prmt.b32 r, $4, 0, 0x4431; cvt.u16.u32 a, r; "
     "cvt.rn.f16x2.e4m3x2 r, a; mov.b32 {a, b}, r; cvt.f32.f16 $2, a; cvt.f32.f16 $3, b; }"
 )
 _LANE = gl.constexpr("mov.u32 $0, %laneid;")
+
+
+@gluon.constexpr_function
+def floats_asm(kind, how):
+    """PTX: first codes of the units of rows n and n + 1 ($0, $1), second ones ($2, $3), in bits of float32 as
+    `wide_hopper_affine` has them. $4: the units; $5, $7: how far left and right their codes go."""
+    if kind == AFFINE_8:
+        base = "0x47000000" if how == FLOATS else "0"
+        orders = ("0x7404", "0x7424", "0x7414", "0x7434")
+        return " ".join(f"prmt.b32 ${i}, $4, {base}, {order};" for i, order in enumerate(orders))
+    low, high = ("0x45000000", "0x43000000") if how == FLOATS else ("0", "0")
+    return (
+        "{ .reg .b32 l, h; shl.b32 l, $4, $5; shr.b32 h, $4, $7; "
+        f"lop3.b32 $0, l, 0x0F000, {low}, 0xEA; lop3.b32 $1, h, 0x0F000, {low}, 0xEA; "
+        f"lop3.b32 $2, l, 0xF0000, {high}, 0xEA; lop3.b32 $3, h, 0xF0000, {high}, 0xEA; }}"
+    )
+
+
+@gluon.constexpr_function
+def pairs_asm(kind, how, dtype):
+    """PTX: first ($0) and second ($1) weights of rows n and n + 1. $2: the units, $3: how far right their codes go;
+    $5, $6, $7: what is added, what is multiplied, and the smaller part of that."""
+    brain = dtype == gl.bfloat16
+    base = "0" if brain else "0x64646464"
+    codes = f"prmt.b32 l, $2, {base}, 0x4240; prmt.b32 h, $2, {base}, 0x4341; "
+    second = "0x7F007F00"  # times 2 ** 127
+    if kind == AFFINE_4 and brain:
+        codes = "shr.b32 l, $2, $3; and.b32 h, l, 0x00F000F0; and.b32 l, l, 0x000F000F; "
+        second = "0x7D007D00"  # times 2 ** 123
+    elif kind == AFFINE_4:
+        codes = (
+            "shr.b32 l, $2, $3; shr.b32 h, l, 4; "
+            "lop3.b32 l, l, 0x000F000F, 0x64006400, 0xEA; lop3.b32 h, h, 0x000F000F, 0x64006400, 0xEA; "
+        )
+    if brain:
+        sums = f"mov.b32 p, 0x7F007F00; fma.rn.bf16x2 l, l, p, $5; mov.b32 p, {second}; fma.rn.bf16x2 h, h, p, $5; "
+    else:
+        sums = "add.rn.f16x2 l, l, $5; add.rn.f16x2 h, h, $5; "
+    two = "bf16x2" if brain else "f16x2"
+    products = [product_asm(out, d, "p", "$6", "$7", how, two) for out, d in (("$0", "l"), ("$1", "h"))]
+    return " ".join(["{ .reg .b32 l, h, p;", codes, sums, *products, "}"])
+
+
+@gluon.constexpr_function
+def factor_dtype(kind, how, dtype):
+    """In which scales and zeros wait for `decode_columns`."""
+    return dtype if is_affine(kind) and in_pairs(how) else gl.float32
+
+
+@gluon.jit
+def column_factors(scale, zero, KIND: gl.constexpr, HOW: gl.constexpr, DTYPE: gl.constexpr):
+    """What `decode_columns` needs of a group, in `factor_dtype`: what is multiplied, what is added or subtracted, and
+    (SPLIT) the smaller part of what is multiplied."""
+    KEPT: gl.constexpr = factor_dtype(KIND, HOW, DTYPE)
+    times = scale.to(gl.float32)
+    plus = times
+    rest = times
+    if is_affine(KIND):
+        first, rest, last = affine_numbers(scale, zero, KIND, HOW, DTYPE)
+        times = first if HOW == SCALED else last
+        plus = last if HOW == SCALED else first
+    return times.to(KEPT), plus.to(KEPT), rest.to(KEPT)
 
 
 @gluon.constexpr_function
@@ -97,61 +154,79 @@ def decode_columns(
     SCALE: gl.constexpr,
     SETS: gl.constexpr,
     KIND: gl.constexpr,
+    HOW: gl.constexpr,
     DTYPE: gl.constexpr,
     LAYOUT: gl.constexpr,
     OPERAND: gl.constexpr,
     PART: gl.constexpr,
 ):
-    """Half PART of a step's columns of W as the first operand `[64 columns, BS]`."""
-    _, w_s, s_s, z_s, _, _, _ = buffers
+    """Half PART of a step's columns of W, divided by `divisor`, as the first operand `[64 columns, BS]`."""
+    _, w_s, factors, _, _, _ = buffers
     HALF: gl.constexpr = w_s.shape[2] // 2
     words = w_s.index(stage).slice(PART * HALF, HALF, 1).permute((1, 0)).load(gl.SliceLayout(1, LAYOUT))
     words = gl.expand_dims(words, 1)
     b = gl.expand_dims(
         gl.expand_dims(gl.arange(0, LAYOUT.shape[1], gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT))), 0), 2
     )
-    DTYPES: gl.constexpr = (gl.float32, gl.float32) if KIND == FLOAT8 else (gl.int32, gl.int32)
-    OUT: gl.constexpr = "=f,=f,=f,=f," if KIND == FLOAT8 else "=r,=r,=r,=r,"
-    if bits_of(KIND) == 8:
+    at = stage * SETS + (PART if SETS == 2 else 0)
+    times = _factor(factors[0], at, LAYOUT)
+    plus = times
+    rest = times
+    if is_affine(KIND):
+        plus = _factor(factors[1], at, LAYOUT)
+    if HOW == SPLIT:
+        rest = _factor(factors[2], at, LAYOUT)
+    if is_affine(KIND) and in_pairs(HOW):
+        BOTH: gl.constexpr = two_of(DTYPE)
+        ASM: gl.constexpr = pairs_asm(KIND, HOW, DTYPE)
         first, second = gl.inline_asm_elementwise(
-            _FLOAT8 if KIND == FLOAT8 else _BYTES, OUT + "r", [words], dtype=DTYPES, is_pure=True, pack=2
+            ASM, "=&r,=&r,r,r,r,r,r,r", [words, b * 8, plus, times, rest], dtype=BOTH, is_pure=True, pack=2
         )
+    else:
+        first, second = _floats(words, b, table, KIND, HOW)
+        if is_affine(KIND):
+            if HOW == SCALED:
+                POWERS: gl.constexpr = powers(KIND)
+                other = times * (POWERS[1] / POWERS[0])
+                first, second = affine_weights(first, second, times, other, plus, KIND, HOW, SCALE, ZERO)
+            else:
+                OFFSETS: gl.constexpr = offsets(KIND)
+                other = plus + ((OFFSETS[1] - OFFSETS[0]) if ZERO.is_int() else 0.0)
+                first, second = affine_weights(first, second, plus, other, times, KIND, HOW, SCALE, ZERO)
+        else:
+            first = first * times
+            second = second * times
+        first = first.to(DTYPE)
+        second = second.to(DTYPE)
+    # [units, b, inputs, h] -> [a or more of a, r, b, inputs, h] -> rows a, b, h, r.
+    both = gl.join(first, second)
+    INPUTS: gl.constexpr = LAYOUT.shape[2]
+    WIDE: gl.constexpr = LAYOUT.shape[1]
+    both = both.reshape(LAYOUT.shape[0] // 8, 8, WIDE, INPUTS, 2).permute(0, 2, 4, 1, 3)
+    return gl.convert_layout(both.reshape(64, INPUTS), OPERAND, assert_trivial=True)
+
+
+@gluon.jit
+def _floats(words, b, table, KIND: gl.constexpr, HOW: gl.constexpr):
+    """First and second codes as `wide_hopper_affine` has them."""
+    DTYPES: gl.constexpr = (gl.float32, gl.float32) if KIND == FLOAT8 else (gl.int32, gl.int32)
+    OUT: gl.constexpr = "=f,=f,=f,=f," if KIND == FLOAT8 else "=&r,=&r,=&r,=&r,"
+    if bits_of(KIND) == 8:
+        ASM: gl.constexpr = _FLOAT8 if KIND == FLOAT8 else floats_asm(KIND, HOW)
+        first, second = gl.inline_asm_elementwise(ASM, OUT + "r", [words], dtype=DTYPES, is_pure=True, pack=2)
     elif KIND == TABLE_4:
         first, second = gl.inline_asm_elementwise(
             _ENTRIES, OUT + "r,r,r,r,r,r,r", [words, b, b * 8, table], dtype=DTYPES, is_pure=True, pack=2
         )
     else:
+        NIBBLES: gl.constexpr = floats_asm(KIND, HOW)
         first, second = gl.inline_asm_elementwise(
-            _NIBBLES, OUT + "r,r,r,r,r", [words, 12 - b * 8, b * 8 + 4], dtype=DTYPES, is_pure=True, pack=2
+            NIBBLES, OUT + "r,r,r,r,r", [words, 12 - b * 8, b * 8 + 4], dtype=DTYPES, is_pure=True, pack=2
         )
     if KIND != FLOAT8:
         first = first.to(gl.float32, bitcast=True)
         second = second.to(gl.float32, bitcast=True)
-    at = stage * SETS + (PART if SETS == 2 else 0)
-    scale = _factor(s_s, at, LAYOUT).to(gl.float32)
-    if is_affine(KIND):
-        OFFSETS: gl.constexpr = offsets(KIND)
-        STEP: gl.constexpr = OFFSETS[0] - OFFSETS[1]
-        zero = _factor(z_s, at, LAYOUT)
-        if one_addition(KIND, SCALE, ZERO):
-            first = gl.fma(first, scale, zero)
-            # Exact: both are a product of few bits (see `wide_hopper_decode`).
-            second = gl.fma(second, scale, zero if STEP == 0 else gl.fma(scale, STEP, zero))
-        elif ZERO.is_int():
-            first = (first - zero) * scale
-            second = (second - (zero - STEP)) * scale
-        else:
-            first = (first - OFFSETS[0] - zero) * scale
-            second = (second - OFFSETS[1] - zero) * scale
-    else:
-        first = first * scale
-        second = second * scale
-    # [units, b, inputs, h] -> [a or more of a, r, b, inputs, h] -> rows a, b, h, r.
-    both = gl.join(first.to(DTYPE), second.to(DTYPE))
-    INPUTS: gl.constexpr = LAYOUT.shape[2]
-    WIDE: gl.constexpr = LAYOUT.shape[1]
-    both = both.reshape(LAYOUT.shape[0] // 8, 8, WIDE, INPUTS, 2).permute(0, 2, 4, 1, 3)
-    return gl.convert_layout(both.reshape(64, INPUTS), OPERAND, assert_trivial=True)
+    return first, second
 
 
 @gluon.jit

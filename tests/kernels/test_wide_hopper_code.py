@@ -13,7 +13,7 @@ pytest.importorskip("triton.experimental.gluon")
 
 from triton.backends.compiler import GPUTarget
 
-from quantkit.kernels import wide_hopper_decode, wide_hopper_launch
+from quantkit.kernels import wide_hopper_kinds, wide_hopper_launch
 from quantkit.kernels.launch_weight import Kind
 from quantkit.kernels.wide_hopper import wide_hopper_kernel
 from quantkit.kernels.wide_hopper_plan import BK, BN, TILES
@@ -96,10 +96,14 @@ def test_compiled_code(
     assert not any("STL" in line or "LDL" in line for line in lines)
     loops = product_loops(lines)
     assert len(loops) == 2  # one of each warpgroup
-    # An instruction that every pair of codes takes, and how many of them a step and thread has. (2 and 3 bits: that takes
-    # those of 4 octets, beside which each of these has 9 permutations.)
+    # An instruction that every pair of codes takes, and how many of them a step and thread has. (2 and 3 bits: that
+    # takes those of 4 octets, beside which each of these has 9 permutations.)
     planes = kind in ("affine2", "affine3")
-    pairs = kind in ("affine4", "affine8") and zero == "u8" and scale == dtype
+    pairs = (
+        kind in ("affine4", "affine8")
+        and zero == "u8"
+        and (scale == dtype or (kind, dtype, scale) == ("affine4", "bf16", "fp16"))
+    )
     takes = {"affine8": "PRMT", "float8": "F2FP.F16.E4M3"}.get(kind, "SHF.L.W")
     count = {"affine8": 32, "affine3": 12, "affine2": 4}.get(kind, 16)
     if pairs:
@@ -110,7 +114,9 @@ def test_compiled_code(
         # to the last wait, behind which ptxas leaves only the rounding.
         for between in beside_products(loop):
             taken = sum(line.startswith(takes) for line in between)
-            assert taken == count or (kind == "affine8" and count < taken <= count + 4)  # halves of two groups' scales
+            assert taken == count or (
+                kind == "affine8" and count < taken <= count + 4
+            )  # halves of two groups' scales
             if planes:
                 # Beside them those of tables, 4 each: two a step, which may be the next one's.
                 assert 36 <= sum(line.startswith("PRMT") for line in between) <= 36 + 16
@@ -128,16 +134,16 @@ def test_compiled_code(
 
 def test_the_launch_names_decodings_as_the_kernel_does() -> None:
     known = {
-        "codebook": wide_hopper_decode.TABLE_4,
-        "float8": wide_hopper_decode.FLOAT8,
-        "affine2": wide_hopper_decode.AFFINE_2,
-        "affine3": wide_hopper_decode.AFFINE_3,
-        "affine4": wide_hopper_decode.AFFINE_4,
-        "affine8": wide_hopper_decode.AFFINE_8,
+        "codebook": wide_hopper_kinds.TABLE_4,
+        "float8": wide_hopper_kinds.FLOAT8,
+        "affine2": wide_hopper_kinds.AFFINE_2,
+        "affine3": wide_hopper_kinds.AFFINE_3,
+        "affine4": wide_hopper_kinds.AFFINE_4,
+        "affine8": wide_hopper_kinds.AFFINE_8,
     }
     assert {kind: value.value for kind, value in known.items()} == wide_hopper_launch.KINDS
     for kind, value in known.items():
-        assert wide_hopper_decode.bits_of(value.value) == wide_hopper_launch.bits(kind)
+        assert wide_hopper_kinds.bits_of(value.value) == wide_hopper_launch.bits(kind)
     affine = {f"affine{bits}" for bits in wide_hopper_launch.AFFINE_BITS}
     assert affine == {kind for kind in known if kind.startswith("affine")}
 

@@ -14,7 +14,7 @@ pytest.importorskip("triton.experimental.gluon")
 
 from quantkit.encoding import Affine, PackedWeight, dequantize, pack_affine
 from quantkit.kernels import wide_hopper_planes
-from quantkit.kernels.wide_hopper_decode import AFFINE_2, AFFINE_3, one_addition
+from quantkit.kernels.wide_hopper_affine import one_addition
 
 PLANES = plain(wide_hopper_planes)
 DTYPES = {torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
@@ -84,10 +84,9 @@ def test_one_addition_is_exact() -> None:
         assert torch.equal(product.double(), -zero.double() * scale.double())
         exact = (code.double() - zero.double()) * scale.double()
         assert torch.equal(exact.float().double(), exact)
-    for kind in (AFFINE_2, AFFINE_3):
-        assert one_addition(kind.value, DType(16), DType(8, True))
-        assert not one_addition(kind.value, DType(32), DType(8, True))
-        assert not one_addition(kind.value, DType(16), DType(16))
+    assert one_addition(DType(16), DType(8, True))
+    assert not one_addition(DType(32), DType(8, True))
+    assert not one_addition(DType(16), DType(16))
 
 
 class DType:
