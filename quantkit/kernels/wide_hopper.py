@@ -255,7 +255,7 @@ def _multiply(
         t, n0, m0, begin, end = unit_of_work(u, plan, M, N, K, BN, BM, BK, TOGETHER)
         n0 += PART * ROWS
         at = gl.minimum(n0 + gl.arange(0, ROWS, ROW), N - 1) // scale_rows * groups
-        # Scales and zeros of this turn's steps or its second, of the next turn's or its first; and of that one's second.
+        # Scales and zeros of this turn (or its second step), of the next (or its first), and of that one's second step.
         if TWO:
             this = load_both(scale_ptr, zero_ptr, at, begin, groups, BK, KIND)
             later = load_both(scale_ptr, zero_ptr, at, begin + 2, groups, BK, KIND)
