@@ -142,12 +142,13 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--jobs", type=int, default=1)
-    jobs = parser.parse_args().jobs
+    parser.add_argument("--only", default="", help="kinds of weights that begin so")
+    given = parser.parse_args()
     if not torch.cuda.is_available() or launch.target() != ("cuda", 90):
         print("no device of sm_90: nothing checked")
         return 2
-    cases = [(*case, dtype) for case in CASES for dtype in LIMITS]
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    cases = [(*case, dtype) for case in CASES for dtype in LIMITS if case[0].startswith(given.only)]
+    with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
         answers = list(pool.map(checked, cases))
     for (form, n, k, dtype), (good, said) in zip(cases, answers):
         print(f"{'ok  ' if good else 'FAIL'} {form} {n} x {k} {str(dtype)[6:]}: {said}", flush=True)

@@ -28,7 +28,7 @@ from quantkit.kernels.wide_hopper_affine import SPLIT, arithmetic, divisor
 from quantkit.kernels.wide_hopper_dx_decode import (
     column_factors,
     decode_columns,
-    factor_dtype,
+    factor_dtypes,
     in_order,
     lane_table,
     sets_of,
@@ -276,10 +276,10 @@ def wide_hopper_dx_kernel(
     dy_s = gl.allocate_shared_memory(dy_desc.dtype, [STAGES, BM, BS], dy_desc.layout)
     w_s = gl.allocate_shared_memory(gl.int16, [STAGES, BS, UNITS], w_desc.layout)
     HOW: gl.constexpr = arithmetic(KIND, dy_desc.dtype, scale_ptr.dtype.element_ty, zero_ptr.dtype.element_ty)
-    FACTOR: gl.constexpr = factor_dtype(KIND, HOW, dy_desc.dtype)
-    times_s = gl.allocate_shared_memory(FACTOR, [LINES, BS], FLAT)
-    plus_s = gl.allocate_shared_memory(FACTOR, [LINES if is_affine(KIND) else 1, BS], FLAT)
-    rest_s = gl.allocate_shared_memory(FACTOR, [LINES if HOW == SPLIT else 1, BS], FLAT)
+    KEPT: gl.constexpr = factor_dtypes(KIND, HOW, dy_desc.dtype, scale_ptr.dtype.element_ty)
+    times_s = gl.allocate_shared_memory(KEPT[0], [LINES, BS], FLAT)
+    plus_s = gl.allocate_shared_memory(KEPT[1], [LINES if is_affine(KIND) else 1, BS], FLAT)
+    rest_s = gl.allocate_shared_memory(KEPT[0], [LINES if HOW == SPLIT else 1, BS], FLAT)
     y_s = gl.allocate_shared_memory(dy_desc.dtype, [2, BM, BN // 2], dx_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())

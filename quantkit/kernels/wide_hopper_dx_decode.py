@@ -89,24 +89,32 @@ def pairs_asm(kind, how, dtype):
 
 
 @gluon.constexpr_function
-def factor_dtype(kind, how, dtype):
-    """In which scales and zeros wait for `decode_columns`."""
-    return dtype if is_affine(kind) and in_pairs(how) else gl.float32
+def factor_dtypes(kind, how, dtype, scale):
+    """In which factors and summands wait for `decode_columns`.
+
+    Shared memory's bandwidth sets the pace of tiles of 256 rows, and every warp reads all of them: factors in 16 bits
+    take half of it, and are multiplied by powers of two when read.
+    """
+    if is_affine(kind) and in_pairs(how):
+        return dtype, dtype
+    return scale, gl.float32
 
 
 @gluon.jit
 def column_factors(scale, zero, KIND: gl.constexpr, HOW: gl.constexpr, DTYPE: gl.constexpr):
-    """What `decode_columns` needs of a group, in `factor_dtype`: what is multiplied, what is added or subtracted, and
+    """What `decode_columns` needs of a group, in `factor_dtypes`: what is multiplied, what is added or subtracted, and
     (SPLIT) the smaller part of what is multiplied."""
-    KEPT: gl.constexpr = factor_dtype(KIND, HOW, DTYPE)
-    times = scale.to(gl.float32)
-    plus = times
-    rest = times
+    KEPT: gl.constexpr = factor_dtypes(KIND, HOW, DTYPE, scale.dtype)
+    times = scale
+    plus = scale
+    rest = scale
     if is_affine(KIND):
-        first, rest, last = affine_numbers(scale, zero, KIND, HOW, DTYPE)
-        times = first if HOW == SCALED else last
+        first, second, last = affine_numbers(scale, zero, KIND, HOW, DTYPE)
         plus = last if HOW == SCALED else first
-    return times.to(KEPT), plus.to(KEPT), rest.to(KEPT)
+        if in_pairs(HOW):
+            times = last
+            rest = second
+    return times.to(KEPT[0]), plus.to(KEPT[1]), rest.to(KEPT[0])
 
 
 @gluon.constexpr_function
@@ -187,12 +195,15 @@ def decode_columns(
         if is_affine(KIND):
             if HOW == SCALED:
                 POWERS: gl.constexpr = powers(KIND)
-                other = times * (POWERS[1] / POWERS[0])
-                first, second = affine_weights(first, second, times, other, plus, KIND, HOW, SCALE, ZERO)
+                one = times.to(gl.float32) * POWERS[0]
+                other = times.to(gl.float32) * POWERS[1]
+                first, second = affine_weights(first, second, one, other, plus, KIND, HOW, SCALE, ZERO)
             else:
                 OFFSETS: gl.constexpr = offsets(KIND)
                 other = plus + ((OFFSETS[1] - OFFSETS[0]) if ZERO.is_int() else 0.0)
-                first, second = affine_weights(first, second, plus, other, times, KIND, HOW, SCALE, ZERO)
+                first, second = affine_weights(
+                    first, second, plus, other, times.to(gl.float32), KIND, HOW, SCALE, ZERO
+                )
         else:
             first = first * times
             second = second * times

@@ -99,18 +99,17 @@ def covers_weight(x: Tensor, weight: LaunchWeight, k: int) -> bool:
 
 
 def decoding_cost(weight: LaunchWeight) -> float:
-    """Time of a tile of this weight over one of 4 bits, integer zeros, groups of 128 (M = 256 to 2048).
-
-    2 and 3 bits: from the instructions of a turn in the compiled loop (tiles of 256 rows, bfloat16), 319 for 4 bits in
-    groups of 128, 288 for 3 bits, in groups of 64 350.
-    """
+    """Time of a tile of this weight over one of 4 bits, integer zeros, groups of 128 (M = 512 to 2048, bfloat16)."""
+    scale, zero = weight.scale, weight.zero
     if weight.kind == "float8":
         return 1.0
     if weight.kind in ("affine2", "affine3"):
         return 1.0 if weight.group % (2 * BK) == 0 else 1.1
-    if weight.zero is not None and (weight.zero.is_floating_point() or weight.scale.dtype == torch.float32):
+    if zero is None:
+        return 1.1
+    if scale.dtype == torch.float32 or zero.dtype == torch.float32:
         return 1.2
-    return 1.0 if weight.kind == "affine4" and weight.group % (2 * BK) == 0 else 1.1
+    return 1.05 if zero.is_floating_point() else 0.98
 
 
 def launch_wide(x: Tensor, weight: LaunchWeight, bias: Tensor | None, chosen: Plan) -> Tensor:
