@@ -36,10 +36,6 @@ class Values:
         assert self.shape[-1] == 2
         return Values(self.array[..., 0]), Values(self.array[..., 1])
 
-    @property
-    def dtype(self) -> DType:
-        return DType(next(name for name, kind in _NUMPY.items() if kind == self.array.dtype))
-
     def to(self, dtype: str, bitcast: bool = False) -> Values:
         return Values(self.array.view(_NUMPY[dtype]) if bitcast else self.array.astype(_NUMPY[dtype]))
 
@@ -73,9 +69,6 @@ class Values:
     def __and__(self, other: Any) -> Values:
         return self._with(other, np.bitwise_and)
 
-    def __xor__(self, other: Any) -> Values:
-        return self._with(other, np.bitwise_xor)
-
     def __rshift__(self, other: Any) -> Values:
         return self._with(other, np.right_shift)
 
@@ -86,16 +79,6 @@ class Values:
         return self._with(other, np.equal)
 
     __hash__ = None  # type: ignore[assignment]
-
-
-class Pointer:
-    """To an array's elements."""
-
-    def __init__(self, array: np.ndarray) -> None:
-        self.array = array
-
-    def __add__(self, index: Values) -> tuple[Pointer, Values]:
-        return self, index
 
 
 class Language:
@@ -127,16 +110,6 @@ class Language:
     @staticmethod
     def where(condition: Values, a: int, b: int) -> Values:
         return Values(np.where(condition.array, np.uint32(a), np.uint32(b)))
-
-    @staticmethod
-    def load(at: tuple[Pointer, Values]) -> Values:
-        return Values(at[0].array[at[1].array])
-
-    @staticmethod
-    def fma(a: Values, b: Values, c: Values) -> Values:
-        """In float64, rounded once: exact for the products and sums of these few bits."""
-        wide = (v.array.astype(np.float64) for v in (a, b, c))
-        return Values((next(wide) * next(wide) + next(wide)).astype(np.float32))
 
     @staticmethod
     def join(a: Values, b: Values) -> Values:
@@ -249,11 +222,6 @@ def _halves(dtype: torch.dtype, operation: Any) -> Any:
     return run
 
 
-def _butterfly(value: Any, across: Any, *_: Any) -> Any:
-    """Of the lanes of a quad, which lie along the last dimension but one."""
-    return np.take(value, np.arange(4) ^ int(across), axis=-2)
-
-
 #: PTX instructions on registers' bits.
 OPERATIONS: dict[str, Any] = {
     "prmt.b32": _prmt,
@@ -266,10 +234,10 @@ OPERATIONS: dict[str, Any] = {
     "fma.rn.f32": _floats(lambda a, b, c: a * b + c),
     "sub.rn.f32": _floats(lambda a, b: a - b),
     "mul.rn.f32": _floats(lambda a, b: a * b),
-    "shfl.sync.bfly.b32": _butterfly,
     "fma.rn.bf16x2": _halves(torch.bfloat16, lambda a, b, c: a * b + c),
     "mul.rn.bf16x2": _halves(torch.bfloat16, lambda a, b: a * b),
     "fma.rn.f16x2": _halves(torch.float16, lambda a, b, c: a * b + c),
+    "add.rn.f16x2": _halves(torch.float16, lambda a, b: a + b),
     "mul.rn.f16x2": _halves(torch.float16, lambda a, b: a * b),
     "cvt.rn.bf16x2.f32": _pair(torch.bfloat16),
     "cvt.rn.f16x2.f32": _pair(torch.float16),

@@ -25,7 +25,7 @@ from quantkit.kernels.wide_hopper_launch import (
     run,
     unless_refused,
 )
-from quantkit.kernels.wide_hopper_plan import BN, TILES, Plan, choose_gradient
+from quantkit.kernels.wide_hopper_plan import BN, TILES, Costs, Plan, choose_gradient
 
 #: Rows of W per step; columns of W in a unit of 16 bits are 16 / bits.
 BS = 64
@@ -43,20 +43,19 @@ def multiply(grad: Tensor, weight: LaunchWeight, k: int) -> Tensor | None:
     if not covers(grad, weight, k):
         return None
     units = sliced.multiprocessors(grad.device)
-    chosen = choose_gradient(grad.shape[0], weight.n, k, *costs(weight), units)
+    chosen = choose_gradient(grad.shape[0], weight.n, k, costs(weight), units)
     return None if chosen is None else unless_refused(lambda: launch_dx(grad, weight, k, chosen))
 
 
-def costs(weight: LaunchWeight) -> tuple[float, float]:
-    """Time of a step, and of dequantizing, over those that 4 bits in groups of 128 took at first (M = 256 to 4096)."""
+def costs(weight: LaunchWeight) -> Costs:
+    """What its steps, and dequantizing it, take over what those of 4 bits in groups of 128 took at first."""
     if weight.kind == "float8":
-        return 0.87, 1.15
+        return Costs(0.87, 0.87, 1.0, 1.15)
     if weight.kind == "codebook":
-        return 1.07, 1.15
-    step = 0.96
-    if weight.zero is not None and (weight.zero.is_floating_point() or weight.scale.dtype == torch.float32):
-        step += 0.08 if weight.scale.dtype != torch.float32 else 0.2
-    return step, 1.15 if weight.kind == "affine8" else 1.0
+        return Costs(1.07, 1.25, 1.1, 1.15)
+    if (weight.zero is not None and weight.zero.is_floating_point()) or weight.scale.dtype == torch.float32:
+        return Costs(1.07, 1.25, 1.1, 1.15 if weight.kind == "affine8" else 1.0)
+    return Costs(1.0, 1.0, 1.1, 1.15) if weight.kind == "affine8" else Costs(0.96, 1.0, 1.1, 1.0)
 
 
 def covers(grad: Tensor, weight: LaunchWeight, k: int) -> bool:

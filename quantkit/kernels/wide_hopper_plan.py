@@ -51,6 +51,17 @@ DEQUANTIZED_PER_WAVE = 12300
 BLAS_OPERATIONS, BLAS_BYTES, BLAS_LEAST = 7.2e8, 2.9e6, 4.0
 #: Of gradients: us of dequantizing a value of 4 bits; us that slices of W cost, from how many rows on.
 DEQUANTIZING, SLICING, SLICED_ROWS = 0.93e-6, 14.0, tuning.BACKWARD_SLICED_ROWS
+#: Values of W, and of dy, from which on the L2 cache holds less and less of what several tiles read.
+LARGE, LARGE_GRADIENT = 1 << 27, 1 << 25
+
+
+class Costs(NamedTuple):
+    """Of a gradient with some weight, over 4 bits in groups of 128 as `TILES` and DEQUANTIZING have them."""
+
+    step: float  #: of tiles of 256 rows
+    narrow: float  #: of tiles of fewer
+    large: float  #: more for a weight of LARGE values, and for a gradient of more than LARGE_GRADIENT
+    dequantizing: float
 
 
 class Plan(NamedTuple):
@@ -129,16 +140,15 @@ def choose(m: int, n: int, k: int, cost: float, units: int) -> Plan | None:
     return chosen if chosen.us * cost < blas + n / DEQUANTIZED_PER_WAVE * wave else None
 
 
-def choose_gradient(m: int, n: int, k: int, cost: float, dequantizing: float, units: int) -> Plan | None:
-    """The plan for `m` rows of dy and `[n, k]` of W, or None where W, or a slice of it at a time, by BLAS is faster.
-
-    `cost`: what a step costs over one of 4 bits in groups of 128; `dequantizing`: the same of dequantizing W.
-    """
+def choose_gradient(m: int, n: int, k: int, costs: Costs, units: int) -> Plan | None:
+    """The plan for `m` rows of dy and `[n, k]` of W, or None where W, or a slice of it at a time, by BLAS is faster."""
     if m <= LEAST_ROWS or units == 0 or (n * k < LEAST and m < SLICED_ROWS):
         return None
     chosen = plan(m, k, n, units, gradient=True)
     if m <= FUSED_ROWS:
         return chosen
+    step = costs.step if chosen.rows == max(TILES) else costs.narrow
+    step *= costs.large ** ((n * k >= LARGE) + (m * n > LARGE_GRADIENT))
     blas = max(2 * m * n * k / BLAS_OPERATIONS, 2 * n * k / BLAS_BYTES + BLAS_LEAST)
-    other = blas + n * k * DEQUANTIZING * dequantizing + (SLICING if m >= SLICED_ROWS else 0)
-    return chosen if chosen.us * cost < other else None
+    other = blas + n * k * DEQUANTIZING * costs.dequantizing + (SLICING if m >= SLICED_ROWS else 0)
+    return chosen if chosen.us * step < other else None

@@ -1,14 +1,15 @@
-"""The arithmetic of affine weights on Hopper: what it rests on, recomputed in float64; who gets which.
-
-That the kernels compute so only a device shows: `scripts/check_wide_gpu.py` (W bit for bit).
+"""The arithmetic of affine weights on Hopper: who gets which; what it rests on, recomputed in float64; and its inline
+PTX, run on numpy arrays, against `(q - zero) * scale`. (Compiled kernels on a device: `scripts/check_wide_gpu.py`.)
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from gluon_values import Values, plain, run_ptx
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -16,6 +17,7 @@ pytest.importorskip("triton.experimental.gluon")
 
 from triton.experimental.gluon import language as gl
 
+from quantkit.kernels import wide_hopper_affine, wide_hopper_decode, wide_hopper_dx_decode
 from quantkit.kernels.wide_hopper_affine import (
     FLOATS,
     PAIRS,
@@ -24,6 +26,7 @@ from quantkit.kernels.wide_hopper_affine import (
     arithmetic,
     divisor,
     in_pairs,
+    offsets,
     powers,
 )
 from quantkit.kernels.wide_hopper_kinds import AFFINE_4, AFFINE_8
@@ -108,3 +111,139 @@ def test_scaled_weights_are_those_of_dequantize(kind: Any) -> None:
                 difference = (code - z).float()
                 want = (difference * scale.float()).bfloat16().double()
                 assert torch.equal(got, want)
+
+
+DECODE, AFFINE, COLUMNS = map(plain, (wide_hopper_decode, wide_hopper_affine, wide_hopper_dx_decode))
+COLUMNS["product_asm"] = AFFINE["product_asm"]  # with the names of its own module
+
+
+class Kind16:
+    """A dtype as the functions of Gluon ask it."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.name = "bfloat16" if dtype == torch.bfloat16 else "float16"
+
+    def is_bf16(self) -> bool:
+        return self.name == "bfloat16"
+
+    def __eq__(self, other: object) -> bool:
+        return self.name == other
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def halves(registers: np.ndarray, dtype: torch.dtype) -> Tensor:
+    """Registers of two numbers, as the numbers `[..., 2]`."""
+    both = np.stack([registers & 0xFFFF, registers >> 16], -1).astype(np.uint16)
+    return torch.from_numpy(both.view(np.int16)).view(dtype)
+
+
+def doubled(number: Values, dtype: torch.dtype) -> np.ndarray:
+    """A number in both halves of a register; it must be one of `dtype`."""
+    exact = torch.from_numpy(np.array(number.array, np.float32))
+    kept = exact.to(dtype)
+    assert torch.equal(kept.float(), exact)
+    bits = kept.view(torch.int16).numpy().view(np.uint16).astype(np.uint32)
+    return bits | bits << np.uint32(16)
+
+
+ROWS = 96
+CASES = [
+    (AFFINE_4, torch.bfloat16, torch.bfloat16, PAIRS), (AFFINE_4, torch.float16, torch.float16, PAIRS),
+    (AFFINE_4, torch.bfloat16, torch.float16, SPLIT), (AFFINE_8, torch.bfloat16, torch.bfloat16, PAIRS),
+    (AFFINE_8, torch.float16, torch.float16, PAIRS),
+]  # fmt: skip
+
+
+def random_rows(kind: Any, scales: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes `[ROWS, 64]`, scales and zeros `[ROWS]`."""
+    generator = torch.Generator().manual_seed(kind.value)
+    most = 15 if kind is AFFINE_4 else 255
+    codes = torch.randint(0, most + 1, (ROWS, 64), generator=generator)
+    scale = (torch.randn(ROWS, generator=generator) * 0.02).to(scales)
+    return codes, scale, torch.randint(0, most + 1, (ROWS,), generator=generator)
+
+
+def packed_bytes(kind: Any, codes: Tensor) -> np.ndarray:
+    units = codes if kind is AFFINE_8 else codes[:, ::2] | codes[:, 1::2] << 4
+    return units.to(torch.uint8).numpy()
+
+
+@pytest.mark.parametrize(("kind", "dtype", "scales", "how"), CASES)
+def test_pairs_of_a_row(kind: Any, dtype: torch.dtype, scales: torch.dtype, how: Any) -> None:
+    """Every thread's two of every eight inputs."""
+    codes, scale, zero = random_rows(kind, scales)
+    words = packed_bytes(kind, codes).view(np.uint32)
+    words = words.reshape(ROWS, 8, 1, 1) if kind is AFFINE_4 else words.reshape(ROWS, 8, 2, 1)
+    place, _ = DECODE["_places"](None, kind.value, how.value, ROWS, None)
+    s, z = Values(scale.float().numpy()), Values(zero.float().numpy())
+    first, second, last = AFFINE["affine_numbers"](s, z, kind.value, how.value, Kind16(dtype))
+    added = doubled(first, dtype)
+    if how is PAIRS and dtype == torch.float16 and kind is AFFINE_4:
+        added = added & np.uint32(0xFFFF) | doubled(second, dtype) & np.uint32(0xFFFF0000)
+    rest = doubled(second, dtype) if how is SPLIT else added
+    of_rows = [a.reshape(ROWS, 1, 1, 1) for a in (added, rest, doubled(last, dtype))]
+    asm = DECODE["pairs_asm"](kind.value, how.value, Kind16(dtype))
+    [out] = run_ptx(asm, np.broadcast_arrays(words, place.array, *of_rows), 1)
+    got = halves(out, dtype).reshape(ROWS, 64).double()
+    by = 64 if dtype == torch.bfloat16 else 1
+    want = ((codes - zero[:, None]).double() * scale.double()[:, None]).to(dtype).double()
+    assert torch.equal(got * by, want)
+
+
+@pytest.mark.parametrize(("kind", "dtype", "scales", "how"), CASES)
+def test_pairs_of_two_rows(kind: Any, dtype: torch.dtype, scales: torch.dtype, how: Any) -> None:
+    """Units of 16 bits of neighbouring rows, as the gradient has them: a register holds both rows' numbers."""
+    codes, scale, zero = random_rows(kind, scales)
+    units = packed_bytes(kind, codes).view(np.uint16).astype(np.uint32)
+    both = units[::2] | units[1::2] << np.uint32(16)
+    s, z = Values(scale.float().numpy()), Values(zero.float().numpy())
+    first, second, last = AFFINE["affine_numbers"](s, z, kind.value, how.value, Kind16(dtype))
+    lines = []
+    for number in (first, last, second if how is SPLIT else first):
+        bits = doubled(number, dtype)
+        lines.append((bits[::2] & np.uint32(0xFFFF) | bits[1::2] & np.uint32(0xFFFF0000)).reshape(-1, 1))
+    asm = COLUMNS["pairs_asm"](kind.value, how.value, Kind16(dtype))
+    got = torch.zeros(ROWS, 64, dtype=torch.float64)
+    wide = 2 if kind is AFFINE_4 else 1
+    for b in range(wide):
+        shift = np.full((1, 1), 8 * b, np.uint32)
+        arguments = np.broadcast_arrays(both, shift, shift, *lines)
+        for h, out in enumerate(run_ptx(asm, arguments, 2)):
+            of_rows = halves(out, dtype).permute(0, 2, 1).reshape(ROWS, -1)
+            got[:, 2 * b + h :: 2 * wide] = of_rows.double()
+    by = 64 if dtype == torch.bfloat16 else 1
+    want = ((codes - zero[:, None]).double() * scale.double()[:, None]).to(dtype).double()
+    assert torch.equal(got * by, want)
+
+
+@pytest.mark.parametrize("how", [SCALED, FLOATS])
+@pytest.mark.parametrize("kind", [AFFINE_4, AFFINE_8])
+def test_codes_in_bits_of_float32(kind: Any, how: Any) -> None:
+    """Of a row, and of two rows: subnormal codes times `powers`, or codes beside `offsets`."""
+    codes, _, _ = random_rows(kind, torch.float16)
+    words = packed_bytes(kind, codes).view(np.uint32)
+    words = words.reshape(ROWS, 8, 1, 1) if kind is AFFINE_4 else words.reshape(ROWS, 8, 2, 1)
+    place, other = DECODE["_places"](None, kind.value, how.value, ROWS, None)
+    asm = AFFINE["floats_asm"](kind.value, how.value)
+    outs = run_ptx(asm, np.broadcast_arrays(words, place.array, other.array), 2)
+    for half, out in enumerate(outs):
+        assert np.array_equal(as_codes(out, kind, how, half), codes.numpy()[:, half::2].reshape(out.shape))
+    units = packed_bytes(kind, codes).view(np.uint16).astype(np.uint32)
+    both = units[::2] | units[1::2] << np.uint32(16)
+    asm = COLUMNS["floats_asm"](kind.value, how.value)
+    wide = 2 if kind is AFFINE_4 else 1
+    for b in range(wide):
+        shifts = [np.full((1, 1), v, np.uint32) for v in (12 - 8 * b, 12 - 8 * b, 8 * b + 4, 8 * b + 4)]
+        outs = run_ptx(asm, np.broadcast_arrays(both, *shifts), 4)
+        for i, out in enumerate(outs):
+            half, row = divmod(i, 2)
+            want = codes.numpy()[row::2, 2 * b + half :: 2 * wide]
+            assert np.array_equal(as_codes(out, kind, how, half), want)
+
+
+def as_codes(bits: np.ndarray, kind: Any, how: Any, half: int) -> np.ndarray:
+    values = np.ascontiguousarray(bits).view(np.float32).astype(np.float64)
+    if how is SCALED:
+        return values * powers(kind.value)[half] * 2.0**40
+    return values - offsets(kind.value)[half]
