@@ -2,18 +2,18 @@
 
 An affine weight is `(q - zero) * scale`, rounded once where scales have 16 bits. How (`arithmetic`):
 
-**Pairs** (integer zeros, scales of the dtype of x). A byte permutation puts the codes into the halves of a register,
+**Pairs** (zeros in uint8, scales of the dtype of x). A byte permutation puts the codes into the halves of a register,
 where two 16-bit instructions do the arithmetic: q - zero is exact, the product rounded as W is.
 
     bfloat16    & 0x00F0000F       codes are subnormal numbers, q * 2 ** -133 (in bits 4 .. 7: -129); `fma` with powers
                                    of two gives (q - zero) * 2 ** -6, which the sums take back
     float16     ... | 0x64006400   1024 + q (in bits 4 .. 7: 1024 + 16 q)
 
-**Split** (4 bits, integer zeros up to 16, x in bfloat16, scales in float16). The same with the scale as a sum of two
-numbers of bfloat16, of which the smaller has at most three bits: its product with q - zero is exact, so the other
-one's, added to it by `fma`, is rounded once.
+**Split** (4 bits, zeros in uint8 and up to 16, x in bfloat16, scales in float16). The same with the scale as a sum of
+two numbers of bfloat16, of which the smaller has at most three bits: its product with q - zero is exact, so the
+other one's, added to it by `fma`, is rounded once.
 
-**Scaled** (x in bfloat16, other scales of 16 bits, integer zeros or zeros of 16 bits). Codes are subnormal float32
+**Scaled** (x in bfloat16, scales in float16, zeros in uint8 or floats of 16 bits). Codes are subnormal float32
 numbers, so there is no offset, and one `fma` gives W / 2 ** 40: q * scale - zero * scale has one rounding, since the
 product of two 16-bit numbers is exact. The sums take the power of two back.
 
@@ -42,19 +42,20 @@ PAIRS = gl.constexpr(0)
 SCALED = gl.constexpr(1)
 FLOATS = gl.constexpr(2)
 SPLIT = gl.constexpr(3)
-#: What W is divided by where it is SCALED: so much that scales, times the power of two of codes, are finite.
+#: What W is divided by where it is SCALED: so much that float16 scales, times the power of two of codes, are finite.
 _DIVISOR = 40
 
 
 @gluon.constexpr_function
 def arithmetic(kind, dtype, scale, zero):
     """How an affine weight of 4 or 8 bits becomes numbers of `dtype`, by the dtypes of scales and zeros."""
-    if zero.is_int() and scale == dtype:
+    if zero == gl.uint8 and scale == dtype:
         return PAIRS
-    if zero.is_int() and kind == AFFINE_4 and dtype == gl.bfloat16 and scale == gl.float16:
+    if dtype != gl.bfloat16 or scale != gl.float16:
+        return FLOATS
+    if zero == gl.uint8 and kind == AFFINE_4:
         return SPLIT
-    few_bits = exact_product(scale, zero) or (zero.is_int() and scale.primitive_bitwidth == 16)
-    return SCALED if dtype == gl.bfloat16 and few_bits else FLOATS
+    return SCALED if zero == gl.uint8 or exact_product(scale, zero) else FLOATS
 
 
 @gluon.constexpr_function
@@ -168,7 +169,7 @@ def affine_numbers(scale, zero, KIND: gl.constexpr, HOW: gl.constexpr, DTYPE: gl
 def affine_weights(
     a, b, first, second, last, KIND: gl.constexpr, HOW: gl.constexpr, SCALE: gl.constexpr, ZERO: gl.constexpr
 ):
-    """First and second codes as `_floats` leaves them to weights (not PAIRS), by `affine_numbers`."""
+    """First and second codes as `_floats` leaves them to weights (not PAIRS, SPLIT), by `affine_numbers`."""
     if HOW == SCALED:
         a = gl.fma(a, first, last)
         b = gl.fma(b, second, last)

@@ -291,7 +291,7 @@ def _floats(words, constants, KIND: gl.constexpr, HOW: gl.constexpr, LAYOUT: gl.
     else:
         ASM: gl.constexpr = _BYTE_TO_ENTRIES if KIND == TABLE_4 else floats_asm(KIND, HOW)
         a, b = gl.inline_asm_elementwise(
-            ASM, "=r,=r,r,r,r", [w0, place, other], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
+            ASM, "=&r,=&r,r,r,r", [w0, place, other], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
         )
         a = a.to(gl.float32, bitcast=True)
         b = b.to(gl.float32, bitcast=True)

@@ -22,6 +22,7 @@ from quantkit.kernels.wide_hopper_launch import (
     aligned,
     bits,
     covers_weight,
+    in_sixteen_bits,
     run,
     unless_refused,
 )
@@ -43,17 +44,18 @@ def multiply(grad: Tensor, weight: LaunchWeight, k: int) -> Tensor | None:
     if not covers(grad, weight, k):
         return None
     units = sliced.multiprocessors(grad.device)
-    chosen = choose_gradient(grad.shape[0], weight.n, k, costs(weight), units)
+    chosen = choose_gradient(grad.shape[0], weight.n, k, costs(weight, grad.dtype), units)
     return None if chosen is None else unless_refused(lambda: launch_dx(grad, weight, k, chosen))
 
 
-def costs(weight: LaunchWeight) -> Costs:
+def costs(weight: LaunchWeight, dtype: torch.dtype = torch.bfloat16) -> Costs:
     """What its steps, and dequantizing it, take over what those of 4 bits in groups of 128 took at first."""
     if weight.kind == "float8":
         return Costs(0.87, 0.87, 1.0, 1.15)
     if weight.kind == "codebook":
         return Costs(1.07, 1.25, 1.1, 1.15)
-    if (weight.zero is not None and weight.zero.is_floating_point()) or weight.scale.dtype == torch.float32:
+    floats = weight.zero is not None and weight.zero.is_floating_point()
+    if floats or not in_sixteen_bits(weight, dtype):
         return Costs(1.07, 1.25, 1.1, 1.15 if weight.kind == "affine8" else 1.0)
     return Costs(1.0, 1.0, 1.1, 1.15) if weight.kind == "affine8" else Costs(0.96, 1.0, 1.1, 1.0)
 

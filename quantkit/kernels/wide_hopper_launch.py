@@ -26,7 +26,7 @@ from quantkit.kernels.wide_hopper_plan import BK, BN, TILES, Plan, choose
 TOGETHER = 8
 #: Registers that a thread starts with, and that a multiplying one gets: three warpgroups share 65536.
 REGISTERS, OF_PRODUCTS = 168, 232
-#: The decodings of `wide_hopper_kernel`: its `KIND`, as `wide_hopper_decode` (which imports Gluon) names them.
+#: The decodings of `wide_hopper_kernel`: its `KIND`, as `wide_hopper_kinds` (which imports Gluon) names them.
 KINDS: dict[Kind, int] = {"codebook": 0, "float8": 1, "affine2": 2, "affine3": 3, "affine4": 4, "affine8": 8}
 #: Of affine codes among them.
 AFFINE_BITS = (2, 3, 4, 8)
@@ -100,9 +100,10 @@ def covers_weight(x: Tensor, weight: LaunchWeight, k: int) -> bool:
 
 
 def decoding_cost(weight: LaunchWeight, dtype: torch.dtype = torch.bfloat16) -> float:
-    """Time of a tile of this weight over one of 4 bits, integer zeros, groups of 128 (M = 512 to 2048, bfloat16).
+    """Time of a tile of this weight over what one of 4 bits in groups of 128 took at first (M = 512 to 2048).
 
-    Float zeros with float16 x: from the instructions of a turn in the compiled loop, 375 where bfloat16 takes 325.
+    Where `wide_hopper_affine` takes floats of 16-bit scales it is from the instructions of a turn in the compiled
+    loop, 360 to 390 where 325 take 1.05.
     """
     scale, zero = weight.scale, weight.zero
     if weight.kind == "float8":
@@ -113,9 +114,18 @@ def decoding_cost(weight: LaunchWeight, dtype: torch.dtype = torch.bfloat16) -> 
         return 1.1
     if scale.dtype == torch.float32 or zero.dtype == torch.float32:
         return 1.2
-    if zero.is_floating_point():
-        return 1.05 if dtype == torch.bfloat16 else 1.15
-    return 0.98
+    if not in_sixteen_bits(weight, dtype):
+        return 1.15
+    return 1.05 if zero.is_floating_point() else 0.98
+
+
+def in_sixteen_bits(weight: LaunchWeight, dtype: torch.dtype) -> bool:
+    """Has `wide_hopper_affine` better than FLOATS for this weight of 4 or 8 bits and x of this dtype?"""
+    scale, zero = weight.scale.dtype, None if weight.zero is None else weight.zero.dtype
+    if zero == torch.uint8 and scale == dtype:
+        return True
+    sixteen = (torch.uint8, torch.float16, torch.bfloat16)
+    return dtype == torch.bfloat16 and scale == torch.float16 and zero in sixteen
 
 
 def launch_wide(x: Tensor, weight: LaunchWeight, bias: Tensor | None, chosen: Plan) -> Tensor:
@@ -181,7 +191,7 @@ def two_at_once(weight: LaunchWeight, k: int) -> bool:
     """May scales and zeros of two groups, which are a turn's two steps, be read by one load each?"""
     tensors = [t for t in (weight.scale, weight.zero) if t is not None]
     even = weight.group == BK and k % (2 * BK) == 0
-    return even and all(t.data_ptr() % (2 * t.element_size()) == 0 for t in tensors)
+    return even and all(t.element_size() <= 4 and t.data_ptr() % (2 * t.element_size()) == 0 for t in tensors)
 
 
 def aligned(x: Tensor) -> Tensor:

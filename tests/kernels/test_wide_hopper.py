@@ -154,3 +154,30 @@ def through_op(x: torch.Tensor, w: PackedWeight) -> torch.Tensor:
         return codebook.codebook_linear(x, w.codes, w.scale, w.lut, None, w.shape[0], enc.block_size)
     assert w.zero is not None
     return affine.affine_linear(x, w.codes, w.scale, w.zero, None, None, enc.bits, enc.group_size, None)
+
+
+def test_two_groups_at_once_where_they_are_aligned_and_even() -> None:
+    two = wide_hopper_launch.two_at_once
+    weight = packed(group=64)
+    assert two(weight, 512) and not two(packed(), 512) and not two(weight, 576)
+    shifted = torch.zeros(256 * 8 + 1, dtype=torch.uint8)[1:].view(256, 8)
+    assert not two(weight._replace(zero=shifted), 512)
+    assert not two(weight._replace(zero=torch.zeros(256, 8, dtype=torch.int64)), 512), (
+        "no integers of 128 bits"
+    )
+
+
+def test_what_is_decoded_in_sixteen_bits() -> None:
+    def of(scale: torch.dtype, zero: torch.dtype, dtype: torch.dtype) -> tuple[bool, float]:
+        weight = packed()
+        assert weight.zero is not None
+        weight = weight._replace(scale=weight.scale.to(scale), zero=weight.zero.to(zero))
+        return wide_hopper_launch.in_sixteen_bits(weight, dtype), wide_hopper_launch.decoding_cost(
+            weight, dtype
+        )
+
+    half, brain, byte = torch.float16, torch.bfloat16, torch.uint8
+    assert of(half, byte, half) == of(brain, byte, brain) == of(half, byte, brain) == (True, 0.98)
+    assert of(half, half, brain) == of(half, brain, brain) == (True, 1.05)
+    assert of(half, half, half) == of(brain, brain, brain) == of(brain, byte, half) == (False, 1.15)
+    assert of(half, torch.int32, brain) == (False, 1.15)

@@ -44,7 +44,16 @@ BRAINS = torch.arange((127 - 60) << 7, (127 + 20) << 7, 3, dtype=torch.int16).vi
         (AFFINE_4, gl.bfloat16, gl.float16, gl.uint8, SPLIT),
         (AFFINE_8, gl.bfloat16, gl.float16, gl.uint8, SCALED),
         (AFFINE_4, gl.bfloat16, gl.float16, gl.float16, SCALED),
-        (AFFINE_8, gl.bfloat16, gl.bfloat16, gl.bfloat16, SCALED),
+        (AFFINE_8, gl.bfloat16, gl.float16, gl.float16, SCALED),
+        (
+            AFFINE_8,
+            gl.bfloat16,
+            gl.bfloat16,
+            gl.bfloat16,
+            FLOATS,
+        ),  # of 2 ** 31 and more, times a power of two?
+        (AFFINE_8, gl.bfloat16, gl.bfloat16, gl.int8, FLOATS),  # differences of 257 and more
+        (AFFINE_4, gl.bfloat16, gl.float16, gl.int32, FLOATS),
         (AFFINE_4, gl.float16, gl.float16, gl.float16, FLOATS),
         (AFFINE_8, gl.float16, gl.bfloat16, gl.uint8, FLOATS),
         (AFFINE_4, gl.bfloat16, gl.float32, gl.uint8, FLOATS),
@@ -99,7 +108,7 @@ def test_scaled_weights_are_those_of_dequantize(kind: Any) -> None:
     generator = torch.Generator().manual_seed(7)
     code = torch.arange(most + 1.0, dtype=torch.float64).view(-1, 1)
     index = torch.randint(0, len(HALVES), (200_000 // most,), generator=generator)
-    for scale in (HALVES[index], BRAINS[index % len(BRAINS)]):
+    for scale in (HALVES[index], HALVES[-len(index) :]):
         zero = (torch.rand(len(scale), generator=generator) * most).clamp(min=least).half().double()
         for z in (zero, zero.round(), torch.zeros_like(zero)):
             for value, power in zip(values, (first, second)):

@@ -33,6 +33,8 @@ from quantkit.kernels.wide_hopper_plan import BK, BN, TILES
         (256, "affine4", "bf16", 64, "fp16", "fp16", False),
         (256, "affine8", "bf16", 64, "fp16", "fp16", True),
         (256, "affine4", "bf16", 64, "fp32", "fp32", False),
+        (256, "affine4", "bf16", 64, "bf16", "bf16", False),
+        (256, "affine4", "fp16", 128, "bf16", "u8", False),
         (256, "affine8", "fp16", 64, "fp16", "fp16", True),
         (256, "float8", "bf16", 128, "fp32", "fp32", False),
         (256, "float8", "fp16", 0, "fp32", "fp32", True),

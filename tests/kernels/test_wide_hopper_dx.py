@@ -120,6 +120,7 @@ def test_where_triton_refuses_slices_answer(
         (256, "affine4", "fp16", 64, "fp16", "fp16"),
         (256, "affine4", "bf16", 0, "fp16", "u8"),
         (256, "affine4", "bf16", 64, "bf16", "u8"),
+        (256, "affine4", "fp16", 64, "bf16", "u8"),
         (256, "affine4", "fp16", 128, "fp16", "u8"),
         (256, "affine8", "fp16", 64, "fp16", "u8"),
         (256, "affine4", "bf16", 64, "fp16", "fp16"),
@@ -171,7 +172,8 @@ def test_compiled_code(rows: int, kind: Kind, dtype: str, group: int, scale: str
         assert sum("HGMMA" in line for line in loop) == 8
         assert sum(line.startswith("LDSM.16.MT88.4") for line in loop) == 4
         for between in beside_products(loop):  # 32 weights are decoded
-            pairs = kind in ("affine4", "affine8") and zero == "u8" and (scale == dtype or kind == "affine4")
+            split = (kind, dtype, scale) == ("affine4", "bf16", "fp16")
+            pairs = kind in ("affine4", "affine8") and zero == "u8" and (scale == dtype or split)
             if pairs:
                 assert sum(line.startswith("HMUL2") for line in between) == 16
             else:
