@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from quantkit.kernels import sliced
-from quantkit.kernels.arrivals import arrivals
 from quantkit.kernels.launch import cdiv
 from quantkit.kernels.launch_weight import Kind, LaunchWeight
 from quantkit.kernels.wide_hopper_launch import (
@@ -23,6 +22,7 @@ from quantkit.kernels.wide_hopper_launch import (
     bits,
     covers_weight,
     in_sixteen_bits,
+    room_for_parts,
     run,
     unless_refused,
 )
@@ -79,14 +79,11 @@ def launch_dx(grad: Tensor, weight: LaunchWeight, k: int, chosen: Plan) -> Tenso
     units = codes.view(torch.int16)
     of_rows, of_units = layouts(kind)
     bm, whole, sharers, programs, _ = chosen
-    left = cdiv(k, BN) * cdiv(m, bm) - whole
-    sums = grad.new_empty((2 * sharers, bm, BN), dtype=torch.float32) if left else out
     pointers = (
         scale,
         zero if zero is not None else scale,
         lut if lut is not None else scale,
-        sums,
-        arrivals(2 * left, grad.device),
+        *room_for_parts(out, chosen),
     )
     arguments = (
         TensorDescriptor(grad, [m, n], [grad.stride(0), 1], [bm, BS], of_rows),

@@ -147,15 +147,12 @@ def launch_wide(x: Tensor, weight: LaunchWeight, bias: Tensor | None, chosen: Pl
     low, high = widths(kind)
     plane = row if high == 0 else k // 16
     bm, whole, sharers, programs, _ = chosen
-    left = cdiv(n, BN) * cdiv(m, bm) - whole
-    sums = x.new_empty((2 * sharers, bm, BN), dtype=torch.float32) if left else out
     pointers = (
         scale,
         zero if zero is not None else scale,
         lut if lut is not None else scale,
         bias if bias is not None else x,
-        sums,
-        arrivals(2 * left, x.device),
+        *room_for_parts(out, chosen),
     )
     arguments = (
         TensorDescriptor(x, [m, k], [x.stride(0), 1], [bm, BK], of_x),
@@ -185,6 +182,14 @@ def launch_wide(x: Tensor, weight: LaunchWeight, bias: Tensor | None, chosen: Pl
     )
     run(wide_hopper_kernel, (programs, 1, 1), x, pointers, arguments, constants)
     return out
+
+
+def room_for_parts(out: Tensor, chosen: Plan) -> tuple[Tensor, Tensor]:
+    """For the sums of parts of `out`'s shared tiles, and the counters of who has left one (`wide_hopper_kernel`)."""
+    m, columns = out.shape
+    left = cdiv(columns, BN) * cdiv(m, chosen.rows) - chosen.whole
+    size = (2 * chosen.sharers, chosen.rows, BN)
+    return out.new_empty(size, dtype=torch.float32) if left else out, arrivals(2 * left, out.device)
 
 
 def two_at_once(weight: LaunchWeight, k: int) -> bool:

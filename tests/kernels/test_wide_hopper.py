@@ -18,7 +18,7 @@ from quantkit.encoding import Codebook, Float8, PackedWeight
 from quantkit.kernels import affine, codebook, float8, launch, launch_weight, sliced, wide_hopper_launch
 from quantkit.kernels.bench_cases import random_weight
 from quantkit.kernels.launch_weight import LaunchWeight
-from quantkit.kernels.wide_hopper_plan import BK, LEAST_ROWS
+from quantkit.kernels.wide_hopper_plan import BK, LEAST_ROWS, Plan
 
 SM_90 = mock.patch.object(launch, "target", lambda: ("cuda", 90))
 
@@ -165,6 +165,18 @@ def test_two_groups_at_once_where_they_are_aligned_and_even() -> None:
     assert not two(weight._replace(zero=torch.zeros(256, 8, dtype=torch.int64)), 512), (
         "no integers of 128 bits"
     )
+
+
+def test_room_for_the_parts_of_shared_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        wide_hopper_launch, "arrivals", lambda count, device: torch.zeros(count, device=device)
+    )
+    for dtype in (torch.bfloat16, torch.float16):
+        out = torch.empty(300, 520, dtype=dtype)  # 5 by 2 tiles of 256 rows, of which 3 are whole
+        sums, arrived = wide_hopper_launch.room_for_parts(out, Plan(256, 3, 11, 11, 0.0))
+        assert sums.shape == (22, 256, 128) and sums.dtype == torch.float32 and arrived.numel() == 14
+        sums, arrived = wide_hopper_launch.room_for_parts(out, Plan(256, 10, 1, 10, 0.0))
+        assert sums is out and arrived.numel() == 0
 
 
 def test_what_is_decoded_in_sixteen_bits() -> None:
