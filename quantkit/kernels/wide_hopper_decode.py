@@ -32,6 +32,7 @@ from quantkit.kernels.wide_hopper_kinds import (
     bits_of,
     by_planes,
     is_affine,
+    pair_type,
 )
 from quantkit.kernels.wide_hopper_planes import (
     look_up,
@@ -112,7 +113,7 @@ def pairs_asm(kind, how, dtype):
         powers = "0x7D007F00" if kind == AFFINE_4 else "0x7F007F00"
     else:
         powers = "0x2C003C00" if kind == AFFINE_4 else "0x3C003C00"
-    two = "bf16x2" if brain else "f16x2"
+    two = pair_type(dtype)
     return (
         "{ .reg .b32 r, p; "
         + codes
@@ -125,7 +126,7 @@ def pairs_asm(kind, how, dtype):
 @gluon.constexpr_function
 def pack_asm(dtype):
     """PTX: two float32, $1 and $2, as one register."""
-    return f"cvt.rn.{'bf16x2' if dtype == gl.bfloat16 else 'f16x2'}.f32 $0, $2, $1;"
+    return f"cvt.rn.{pair_type(dtype)}.f32 $0, $2, $1;"
 
 
 @gluon.jit

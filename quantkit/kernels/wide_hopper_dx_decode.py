@@ -30,7 +30,15 @@ from quantkit.kernels.wide_hopper_affine import (
     product_asm,
     two_of,
 )
-from quantkit.kernels.wide_hopper_kinds import AFFINE_4, AFFINE_8, FLOAT8, TABLE_4, bits_of, is_affine
+from quantkit.kernels.wide_hopper_kinds import (
+    AFFINE_4,
+    AFFINE_8,
+    FLOAT8,
+    TABLE_4,
+    bits_of,
+    is_affine,
+    pair_type,
+)
 
 #: The table's entries of them. Lanes 0 .. 15 hold it, and 16 .. 31 once more. The earlier code is the high nibble.
 _ENTRIES = gl.constexpr(
@@ -83,7 +91,7 @@ def pairs_asm(kind, how, dtype):
         sums = f"mov.b32 p, 0x7F007F00; fma.rn.bf16x2 l, l, p, $5; mov.b32 p, {second}; fma.rn.bf16x2 h, h, p, $5; "
     else:
         sums = "add.rn.f16x2 l, l, $5; add.rn.f16x2 h, h, $5; "
-    two = "bf16x2" if brain else "f16x2"
+    two = pair_type(dtype)
     products = [product_asm(out, d, "p", "$6", "$7", how, two) for out, d in (("$0", "l"), ("$1", "h"))]
     return " ".join(["{ .reg .b32 l, h, p;", codes, sums, *products, "}"])
 

@@ -34,3 +34,9 @@ def is_affine(kind):
 def by_planes(kind):
     """Are codes of a turn of two steps copied together, and decoded by `wide_hopper_planes`?"""
     return kind in (AFFINE_2, AFFINE_3)
+
+
+@gluon.constexpr_function
+def pair_type(dtype):
+    """What PTX calls two numbers of `dtype` in a register."""
+    return "bf16x2" if dtype == gl.bfloat16 else "f16x2"

@@ -23,6 +23,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from quantkit.kernels.wide_hopper_kinds import pair_type
+
 #: Bits 0 and 1 of every nibble come from the low plane, or (2 bits) are all there is.
 _LOW_BITS = 0x33333333
 #: Where a mask has a one, the first operand of `lop3`, else the second.
@@ -72,7 +74,7 @@ def table_asm(bits, dtype, one_addition):
     """
     count = 2**bits
     scale, zero = f"${count // 2}", f"${count // 2 + 1}"
-    kind = "bf16x2" if dtype == gl.bfloat16 else "f16x2"
+    kind = pair_type(dtype)
     lines = [f".reg .f32 f<{count}>;", f".reg .b32 p<{count // 2}>;"]
     for q, number in enumerate(_FLOATS[:count]):
         if one_addition and q == 0:
