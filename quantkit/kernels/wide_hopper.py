@@ -259,7 +259,6 @@ def _multiply(
         if TWO:
             this = load_both(scale_ptr, zero_ptr, at, begin, groups, BK, KIND)
             later = load_both(scale_ptr, zero_ptr, at, begin + 2, groups, BK, KIND)
-            latest = later
             now = one_of(this, 0, SCALE, ZERO)
         else:
             now = load_factors(scale_ptr, zero_ptr, at, begin, groups, BK, GROUP, KIND)
